@@ -1,0 +1,5 @@
+#include "cpu/dispatch.h"
+
+namespace vqgnn {
+namespace VQGNN_ISA {}
+}  // namespace vqgnn

@@ -1,0 +1,1 @@
+"""Train PyTorch Geometric models in mini-batches that keep every message."""
