@@ -69,7 +69,9 @@ def convert(
     if method != "vq" and codec is not None and Codec.parse(codec).name == "pq":
         raise ValueError(f"codec={codec!r} belongs to method='vq', got method={method!r}; use fp32, fp16, int8 or int4")
     if method == "vq" and codec is not None and Codec.parse(codec).name != "pq":
-        raise ValueError(f"codec={str(codec)!r} holds rows, but method='vq' keeps codes; use pq:d=D,k=K or method='lmc'")
+        raise ValueError(
+            f"codec={str(codec)!r} holds rows, but method='vq' keeps codes; use pq:d=D,k=K or method='lmc'"
+        )
     grad = default_grad if grad is None else grad
     graph = Graph.of(data)
     convs = _swap(model)
@@ -113,7 +115,9 @@ def _swap(model: nn.Module) -> dict[str, StoreConv]:
     convs = {name: m for name, m in model.named_modules() if isinstance(m, pyg.MessagePassing)}
     if not convs:
         raise ValueError(f"model {type(model).__name__} has no PyG convs to convert")
-    unknown = sorted({type(m).__name__ for m in convs.values() if not isinstance(m, StoreConv) and type(m) not in CONVS})
+    unknown = sorted(
+        {type(m).__name__ for m in convs.values() if not isinstance(m, StoreConv) and type(m) not in CONVS}
+    )
     if unknown:
         known = ", ".join(conv.__name__ for conv in CONVS)
         raise ValueError(f"model has convs that cannot be converted yet: {', '.join(unknown)}; supported are {known}")

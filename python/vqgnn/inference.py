@@ -216,4 +216,3 @@ class _Sweep:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # "inputs" of the last pass may still be mapped; it lives on until it is dropped
         return torch.from_file(str(path), shared=True, size=size[0] * size[1], dtype=self.dtype).view(size)
-

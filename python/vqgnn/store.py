@@ -78,7 +78,9 @@ class NodeStore(nn.Module):
         options: further arguments of `Codebook`.
     """
 
-    def __init__(self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options):
+    def __init__(
+        self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options
+    ):
         super().__init__()
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
         data, scale = self.codec.table(num_nodes, dim)
