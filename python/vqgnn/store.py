@@ -115,8 +115,20 @@ class NodeStore(nn.Module):
         self.register_buffer("grad_scale", grad_scale)
         self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._register()
+
+    def _register(self) -> None:
         self.handle = next(_HANDLES)
         _STORES[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy records into itself
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but keep the dtypes: `model.half()` must not change the codec."""
+        device = fn(torch.empty(0, device=self.data.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def extra_repr(self) -> str:
         return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}"
