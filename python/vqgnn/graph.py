@@ -135,9 +135,8 @@ class Graph:
         """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
         graph = cls._known.get(data)
         now = (data.edge_index, data.x, _edge_weight(data))
-        if graph is None or any(
-            a is not b for a, b in zip((graph.edge_index, graph.x, graph.edge_weight), now, strict=True)
-        ):
+        known = (None,) * 3 if graph is None else (graph.edge_index, graph.x, graph.edge_weight)
+        if any(old is not new for old, new in zip(known, now, strict=True)):
             graph = cls._known[data] = cls(data)
         return graph
 

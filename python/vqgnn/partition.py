@@ -64,7 +64,7 @@ def _read_parts(path: Path, num_nodes: int, num_parts: int) -> np.ndarray | None
         return None
     try:
         part = np.load(path)
-        if part.shape == (num_nodes,) and part.dtype == np.int32 and 0 <= part.min() and part.max() < num_parts:
+        if part.shape == (num_nodes,) and part.dtype == np.int32 and part.min() >= 0 and part.max() < num_parts:
             return part
         reason = f"it holds {part.dtype} {list(part.shape)}"
     except (OSError, ValueError, EOFError) as error:

@@ -155,6 +155,8 @@ class NodeStore(nn.Module):
         """
         if x.shape != (n_id.numel(), self.dim):
             raise ValueError(f"x has shape {list(x.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id")
+        if n_id.numel() == 0:
+            return
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         kernels.push_rows(self.rows, n_id, value)
         if g is not None and self.grad_data is not None:
