@@ -1,4 +1,4 @@
-"""Dependencies point down only (tests, benchmarks -> vqgnn -> vqgnn_kernels -> csrc), and an op has one stem everywhere."""
+"""Dependencies point down only (tests, benchmarks -> vqgnn -> vqgnn_kernels -> csrc); an op has one stem everywhere."""
 
 import ast
 import re
