@@ -107,7 +107,8 @@ class BatchLoader:
         n = self.graph.num_nodes
         if self._num_batches == 1:
             return [torch.arange(n)]
-        generator = torch.Generator().manual_seed(((self.seed << 32) + epoch) % 2**63)
+        # mixed into 32 bits: torch's CPU generator reads no more of a seed
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
         count = len(self._parts) if self._parts else n
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         groups = torch.tensor_split(order, self._num_batches)
