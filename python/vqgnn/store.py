@@ -153,8 +153,11 @@ class NodeStore(nn.Module):
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows.
         """
-        if x.shape != (n_id.numel(), self.dim):
-            raise ValueError(f"x has shape {list(x.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id")
+        for name, given in (("x", x), ("g", g)):
+            if given is not None and given.shape != (n_id.numel(), self.dim):
+                raise ValueError(
+                    f"{name} has shape {list(given.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id"
+                )
         if n_id.numel() == 0:
             return
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
