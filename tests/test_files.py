@@ -1,7 +1,6 @@
 import os
 
 import pytest
-
 from vqgnn.files import atomic_write
 
 
