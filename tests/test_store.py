@@ -10,7 +10,7 @@ N = 30
 
 
 def bound(codec, x):
-    """Largest error of a decoded value, [b, 1]: half a step, the step covering the row from a bf16 below its minimum."""
+    """Largest error of a decoded value: half a step, which covers the row from a bf16 below its minimum."""
     if codec in ("fp32", "fp16"):
         return x.abs() * (0 if codec == "fp32" else 2**-11) + (0 if codec == "fp32" else 2**-25)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -75,9 +75,8 @@ def test_codes_decode_to_state_and_gradient(d, k, dtype):
     store.push(n_id, torch.randn(20, 7), torch.randn(20, 7))
     assert store.data.dtype == dtype and store.data.shape == (N, -(-7 // d))
     for table, read in ((store.rows, store.pull(n_id)), (store.grad_rows, None)):
-        decoded = torch.cat([table.codebook[j, table.data[n_id, j].long()] for j in range(table.data.size(1))], 1)[
-            :, :7
-        ]
+        branches = range(table.data.size(1))
+        decoded = torch.cat([table.codebook[j, table.data[n_id, j].long()] for j in branches], 1)[:, :7]
         assert decoded.isfinite().all() and decoded.any()
         if read is not None:
             assert torch.equal(read, decoded)
