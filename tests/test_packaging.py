@@ -1,5 +1,6 @@
 """What is promised about installing: README, constraints, sdist, wheel, and what happens without a working compiler."""
 
+import itertools
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch_geometric.data import Data
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 
@@ -23,8 +26,8 @@ FILES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "constra
 
 def requirements() -> list[Requirement]:
     project = PYPROJECT["project"]
-    extras = sum(project["optional-dependencies"].values(), [])
-    texts = project["dependencies"] + extras + PYPROJECT["build-system"]["requires"]
+    extras = project["optional-dependencies"].values()
+    texts = itertools.chain(project["dependencies"], *extras, PYPROJECT["build-system"]["requires"])
     return [requirement for requirement in map(Requirement, texts) if requirement.name != "vqgnn"]
 
 
@@ -52,6 +55,20 @@ def test_readme_shows_the_commands_that_are_tested():
         'pip install -c constraints.txt -e ".[test]" && pytest'
     ]
     assert {"train", "test"} <= set(PYPROJECT["project"]["optional-dependencies"])
+
+
+def test_readme_example_runs():
+    """The example of the README, line by line, on a graph small enough for a test."""
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"<!-- example: .*? -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    n = 60
+    data = Data(x=torch.randn(n, 16), y=torch.randint(4, (n,)), edge_index=torch.randint(n, (2, 300)))
+    data.train_mask = torch.ones(n, dtype=torch.bool)
+    scope = {"data": data}
+    exec(code, scope)
+    assert scope["logits"].shape == (n, 4)
+    assert scope["logits"].isfinite().all()
+    assert code.count("\n") <= 20
 
 
 def test_versions_agree():
@@ -106,7 +123,8 @@ def without_compiler(folder: Path) -> str:
 def test_sdist_builds_a_wheel_that_works(tree, tmp_path):
     run(sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), cwd=tree, VQGNN_NATIVE="1")
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = [path.relative_to(tree) for name in SOURCES for path in (tree / name).rglob("*") if path.is_file()]
     wanted = [str(path) for path in wanted if not any(part.endswith(".egg-info") for part in path.parts)]
     assert {*wanted, *FILES} <= names
