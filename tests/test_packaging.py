@@ -58,17 +58,17 @@ def test_readme_shows_the_commands_that_are_tested():
 
 
 def test_readme_example_runs():
-    """The example of the README, line by line, on a graph small enough for a test."""
+    """The example of the README, but for the number of epochs, on a graph small enough for a test."""
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"<!-- example: .*? -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     n = 60
     data = Data(x=torch.randn(n, 16), y=torch.randint(4, (n,)), edge_index=torch.randint(n, (2, 300)))
     data.train_mask = torch.ones(n, dtype=torch.bool)
     scope = {"data": data}
-    exec(code, scope)
+    exec(code.replace("range(30)", "range(2)"), scope)
     assert scope["logits"].shape == (n, 4)
     assert scope["logits"].isfinite().all()
-    assert code.count("\n") <= 20
+    assert "range(30)" in code
 
 
 def test_versions_agree():
