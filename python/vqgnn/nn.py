@@ -8,11 +8,13 @@ the conv's input and the gradient of M.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor
+from torch_geometric.typing import OptPairTensor, OptTensor
 
 from vqgnn_kernels import aggregate
 
@@ -115,6 +117,9 @@ def _require(conv, allowed: bool, option: str, came, what: str) -> None:
 class GCNConv(StoreConv, pyg.GCNConv):
     """PyG's GCNConv (Kipf & Welling): C = D^-1/2 (A + I) D^-1/2 of the whole graph."""
 
+    # PyG reads these types from the source of a class and, for a subclass, does not find them
+    propagate_type: ClassVar = {"x": Tensor, "edge_weight": OptTensor}
+
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
         _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
@@ -126,6 +131,8 @@ class GCNConv(StoreConv, pyg.GCNConv):
 
 class SAGEConv(StoreConv, pyg.SAGEConv):
     """PyG's SAGEConv (Hamilton et al.) with mean or sum aggregation: C = D^-1 A or A."""
+
+    propagate_type: ClassVar = {"x": OptPairTensor}
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
@@ -144,6 +151,8 @@ class SAGEConv(StoreConv, pyg.SAGEConv):
 
 class GINConv(StoreConv, pyg.GINConv):
     """PyG's GINConv (Xu et al.): C = A, the node itself enters with weight 1 + epsilon."""
+
+    propagate_type: ClassVar = {"x": OptPairTensor}
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
