@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import vqgnn_kernels as kernels
 
 _LLOYD_STEPS = 5  # k-means steps on the first batch
+_SEEDS_A_CODE = 4  # rows of it that k-means++ chooses from, a code
 _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
 
 
@@ -70,12 +71,15 @@ class Codebook(nn.Module):
         The first call takes its codewords from the batch by k-means. Without g the gradient codewords stay as they are.
         """
         v = self._pack(x, g)
-        self._smooth(v, g is not None)
+        first_grad = g is not None and not self.grad_seen
+        self._smooth(v, g is not None, first_grad)
         rstd = self._rstd()
         fair_share = v.size(0) / self.num_codes
         if not self.initialised:
             self._initialise(v, rstd)
         codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
+        if first_grad:
+            self._start_gradients(counts, sums)
         kernels.codebook_update(
             self.codewords,
             self.ema_counts,
@@ -138,7 +142,7 @@ class Codebook(nn.Module):
     def _gradient_means(self) -> Tensor:
         return self.mean.view(self.num_branches, self.width)[:, self.branch_dim :]
 
-    def _smooth(self, v: Tensor, has_grad: bool) -> None:
+    def _smooth(self, v: Tensor, has_grad: bool, first_grad: bool) -> None:
         """EMA of mean and variance; a channel's first batch sets them."""
         var, mean = torch.var_mean(v, 0, correction=0)
         beta = torch.full_like(mean, self.whiten_decay if self.initialised else 0.0)
@@ -146,7 +150,7 @@ class Codebook(nn.Module):
             gradients = beta.view(self.num_branches, self.width)[:, self.branch_dim :]
             if not has_grad:
                 gradients.fill_(1.0)
-            elif not self.grad_seen:
+            elif first_grad:
                 gradients.zero_()
                 self.grad_seen.fill_(True)
         self.mean.mul_(beta).add_((1 - beta) * mean)
@@ -157,13 +161,21 @@ class Codebook(nn.Module):
         return torch.where(self.var > 1e-30, self.var.rsqrt(), torch.zeros_like(self.var))
 
     def _initialise(self, v: Tensor, rstd: Tensor) -> None:
-        """Rows drawn from the batch as first codewords, then a few k-means steps."""
+        """k-means++ on rows drawn from the batch, then a few k-means steps on all of it."""
         generator = torch.Generator().manual_seed(self.seed)
-        b, m, k = v.size(0), self.num_branches, self.num_codes
-        # drawn anew when the batch has fewer rows than there are codes
-        draws = torch.stack([torch.randperm(max(b, k), generator=generator)[:k] % b for _ in range(m)])
-        white = ((v - self.mean) * rstd).view(b, m, self.width)
-        self.codewords.copy_(white[draws, torch.arange(m)[:, None]])
+        sample = torch.randperm(v.size(0), generator=generator)[: max(_SEEDS_A_CODE * self.num_codes, 1024)]
+        rows = ((v[sample] - self.mean) * rstd).view(len(sample), self.num_branches, self.width)
+        branch = torch.arange(self.num_branches)
+        nearest = rows.new_full(rows.shape[:2], torch.inf)  # [rows, m] squared distance to the chosen codewords
+        chosen = torch.randint(len(sample), (self.num_branches,), generator=generator)
+        for k in range(self.num_codes):
+            codeword = rows[chosen, branch]
+            self.codewords[:, k] = codeword
+            nearest = torch.minimum(nearest, (rows - codeword).square().sum(2))
+            # Drawn in proportion to the distance: a row that is a codeword already is drawn again only when all are.
+            threshold = torch.rand(self.num_branches, generator=generator, dtype=torch.float64)
+            cumulative = nearest.double().cumsum(0)
+            chosen = (cumulative < threshold * cumulative[-1]).sum(0).clamp(max=len(sample) - 1)
         for step in range(_LLOYD_STEPS):
             _, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
             kernels.codebook_update(
@@ -179,6 +191,11 @@ class Codebook(nn.Module):
                 revive_below=0.5,
                 seed=self.seed - 1 - step,
             )
+
+    def _start_gradients(self, counts: Tensor, sums: Tensor) -> None:
+        """Gradient codewords start at the first batch's means, not at the zeros of the warm-up."""
+        start = sums[..., self.branch_dim :] / counts.clamp(min=1)[..., None]
+        self.ema_sums[..., self.branch_dim :] = start * self.ema_counts[..., None]
 
     def _measure(self, v: Tensor, counts: Tensor, sums: Tensor) -> None:
         """Squared error of the batch's rows against the new codewords, from their sums (no second pass over rows).
