@@ -55,7 +55,8 @@ class Config:
             choices = get_args(f.type) if isinstance(f.default, str) else ()
             if choices and value not in choices:
                 raise InputError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
-            if value is not None and not (low is None or value >= low) or not (high is None or value <= high):
+            fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
+            if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
         self.columns()
         num_parts, _ = self.parts_pair()
@@ -105,7 +106,7 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def _two_ints(name: str, text: str, separator: str, form: str) -> tuple[int, int]:
-    first, found, second = text.partition(separator)
+    first, _, second = text.partition(separator)
     try:
         return int(first), int(second)
     except ValueError:

@@ -71,11 +71,10 @@ class GeneratedGraph:
         running sum of the weights.
         """
         rng = np.random.default_rng(self.seed)
-        n, groups = self.n, self.classes * min(_COMMUNITIES, max(1, self.n // self.classes))
+        n, groups = self.n, self.classes * _COMMUNITIES
+        class_of = np.arange(groups) // _COMMUNITIES
         class_share = rng.dirichlet(np.full(self.classes, 3.0))
-        class_of = np.arange(groups) // (groups // self.classes)
-        share = np.repeat(class_share * self.classes / groups, groups // self.classes)
-        community = np.sort(rng.choice(groups, n, p=share / share.sum()))
+        community = np.sort(rng.choice(groups, n, p=class_share[class_of] / _COMMUNITIES))
         label = class_of[community]
         edge_index = self._edges(rng, community, label)
 
