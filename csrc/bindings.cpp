@@ -1,5 +1,6 @@
 // Every native function once, with its argument checks. Tensors arrive as raw addresses with shapes, so that one binary
 // serves every torch version; vqgnn_kernels/<op>/cpp.py is the only caller.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -49,4 +50,5 @@ const char* isa_name() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vqgnn_kernels over raw pointers; import torch first";
   m.def("isa", &vqgnn::isa_name, "Instruction set in use: base, avx2 or avx512");
+  m.def("set_num_threads", &omp_set_num_threads, "OpenMP threads of work started by the calling thread");
 }

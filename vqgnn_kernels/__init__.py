@@ -1,5 +1,24 @@
 """Stateless ops on tensors for vector-quantised mini-batch GNN training."""
 
-from ._backend import backends
+from ._backend import backends, set_num_threads
+from .aggregate import CSR, Rows, aggregate
+from .codebook_update import codebook_stats, codebook_update
+from .csr_slice import csr_slice, csr_slice_values
+from .store_io import pull_rows, push_rows
+from .vq_assign import vq_assign, vq_assign_stats
 
-__all__ = ["backends"]
+__all__ = [
+    "CSR",
+    "Rows",
+    "aggregate",
+    "backends",
+    "codebook_stats",
+    "codebook_update",
+    "csr_slice",
+    "csr_slice_values",
+    "pull_rows",
+    "push_rows",
+    "set_num_threads",
+    "vq_assign",
+    "vq_assign_stats",
+]

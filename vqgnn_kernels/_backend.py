@@ -71,3 +71,14 @@ def backends() -> dict[str, str]:
         detail = f" ({_C.isa()})" if name == "cpp" and _C is not None else ""
         state[name] = f"off: {reason}" if reason else ("used" if name == choice else "available") + detail
     return state
+
+
+def set_num_threads(count: int) -> None:
+    """Number of OpenMP threads for work started by the calling thread, and by it alone.
+
+    Unlike torch.set_num_threads it leaves the other threads' numbers as they are. Without the extension it does nothing.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1")
+    if _C is not None:
+        _C.set_num_threads(count)

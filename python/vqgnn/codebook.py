@@ -1,0 +1,205 @@
+"""Product vector quantisation of node states: algorithm 2 of VQ-GNN, all branches at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import vqgnn_kernels as kernels
+
+_LLOYD_STEPS = 5  # k-means steps on the first batch
+_REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
+
+
+class Codebook(nn.Module):
+    """m = ceil(dim / branch_dim) codebooks of K codewords, learnt by exponential moving averages.
+
+    Branch j quantises features j*d .. j*d + d - 1 of a node together with the gradients of the same channels, so one
+    code gives both (eq. 7). Channels are whitened by their smoothed mean and variance before the search and the
+    codewords are un-whitened for reading (appendix E).
+
+    Args:
+        dim: f, channels of a node state.
+        branch_dim: d, channels a branch.
+        num_codes: K, codewords a branch, at most 32768.
+        grad: also keep gradient codewords.
+        decay: gamma, of the EMA of cluster sizes and sums.
+        whiten_decay: beta, of the EMA of the channels' mean and variance.
+        seed: decides the first codewords and the rows that dead codes are revived from.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        branch_dim: int = 4,
+        num_codes: int = 256,
+        grad: bool = True,
+        decay: float = 0.9,
+        whiten_decay: float = 0.9,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.dim, self.branch_dim, self.num_codes, self.grad = dim, branch_dim, num_codes, grad
+        self.decay, self.whiten_decay, self.seed = decay, whiten_decay, seed
+        self.num_branches = m = -(-dim // branch_dim)
+        self.width = branch_dim * (2 if grad else 1)  # dv: channels a branch quantises together
+        channels = m * self.width
+        self.register_buffer("codewords", torch.zeros(m, num_codes, self.width))  # whitened
+        self.register_buffer("ema_counts", torch.zeros(m, num_codes))
+        self.register_buffer("ema_sums", torch.zeros(m, num_codes, self.width))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.zeros(channels))
+        # x_values and g_values [m, K, d]: the codewords un-whitened, as aggregate reads them
+        self.register_buffer("x_values", torch.zeros(m, num_codes, branch_dim))
+        self.register_buffer("g_values", torch.zeros(m, num_codes, branch_dim) if grad else None)
+        self.register_buffer("square_error", torch.zeros(2, 2))  # of the last batch: [x, g] x [error, norm]
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("grad_seen", torch.zeros((), dtype=torch.bool))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, branch_dim={self.branch_dim}, num_codes={self.num_codes}, grad={self.grad}"
+
+    @property
+    def initialised(self) -> bool:
+        return bool(self.updates > 0)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, g: Tensor | None = None) -> Tensor:
+        """Learn from a batch's states x [b, dim] and gradients g [b, dim]; return their codes [b, m].
+
+        The first call takes its codewords from the batch by k-means. Without g the gradient codewords stay as they are.
+        """
+        v = self._pack(x, g)
+        self._smooth(v, g is not None)
+        rstd = self._rstd()
+        fair_share = v.size(0) / self.num_codes
+        if not self.initialised:
+            self._initialise(v, rstd)
+        codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
+        kernels.codebook_update(
+            self.codewords,
+            self.ema_counts,
+            self.ema_sums,
+            counts,
+            sums,
+            self.decay,
+            v=v,
+            mean=self.mean,
+            rstd=rstd,
+            revive_below=_REVIVE_SHARE * fair_share,
+            seed=self.seed + int(self.updates),
+        )
+        self._measure(v, counts, sums)
+        self.updates += 1
+        self._decode()
+        return codes
+
+    @torch.no_grad()
+    def assign(self, x: Tensor) -> Tensor:
+        """Codes [b, m] of states x [b, dim] by their features alone; nothing is learnt."""
+        d, channels = self.branch_dim, self._features()
+        v = self._pad(x)
+        return kernels.vq_assign(
+            v, self.codewords[..., :d].contiguous(), self.mean[channels].contiguous(), self._rstd()[channels]
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Relative errors of the last batch, codebook perplexity (mean over branches), share of dead codes, updates."""
+        share = self.ema_counts / self.ema_counts.sum(1, keepdim=True).clamp(min=1e-30)
+        entropy = -(share * share.clamp(min=1e-30).log()).sum(1)
+        error = (self.square_error[:, 0] / self.square_error[:, 1].clamp(min=1e-30)).clamp(min=0).sqrt()
+        return {
+            "relative_error_x": float(error[0]),
+            "relative_error_grad": float(error[1]),
+            "perplexity": float(entropy.exp().mean()),
+            "dead": float((share < _REVIVE_SHARE / self.num_codes).float().mean()),
+            "updates": int(self.updates),
+            "initialised": self.initialised,
+        }
+
+    def _features(self) -> Tensor:
+        """Which of the m * dv channels are features (the others are gradients)."""
+        return torch.arange(self.num_branches * self.width).view(self.num_branches, -1)[:, : self.branch_dim].flatten()
+
+    def _pad(self, x: Tensor) -> Tensor:
+        missing = self.num_branches * self.branch_dim - x.size(1)
+        return nn.functional.pad(x, (0, missing)) if missing else x
+
+    def _pack(self, x: Tensor, g: Tensor | None) -> Tensor:
+        """[b, m * dv]: every branch's features, then its gradients."""
+        if not self.grad:
+            return self._pad(x)
+        shape = (x.size(0), self.num_branches, self.branch_dim)
+        v = x.new_empty(x.size(0), self.num_branches, self.width)
+        v[..., : self.branch_dim] = self._pad(x).view(shape)
+        v[..., self.branch_dim :] = self._gradient_means() if g is None else self._pad(g).view(shape)
+        return v.view(x.size(0), -1)
+
+    def _gradient_means(self) -> Tensor:
+        return self.mean.view(self.num_branches, self.width)[:, self.branch_dim :]
+
+    def _smooth(self, v: Tensor, has_grad: bool) -> None:
+        """EMA of mean and variance; a channel's first batch sets them."""
+        var, mean = torch.var_mean(v, 0, correction=0)
+        beta = torch.full_like(mean, self.whiten_decay if self.initialised else 0.0)
+        if self.grad:
+            gradients = beta.view(self.num_branches, self.width)[:, self.branch_dim :]
+            if not has_grad:
+                gradients.fill_(1.0)
+            elif not self.grad_seen:
+                gradients.zero_()
+                self.grad_seen.fill_(True)
+        self.mean.mul_(beta).add_((1 - beta) * mean)
+        self.var.mul_(beta).add_((1 - beta) * var)
+
+    def _rstd(self) -> Tensor:
+        """1 / standard deviation; 0 for a constant channel, which then decodes to its mean."""
+        return torch.where(self.var > 1e-30, self.var.rsqrt(), torch.zeros_like(self.var))
+
+    def _initialise(self, v: Tensor, rstd: Tensor) -> None:
+        """Rows drawn from the batch as first codewords, then a few k-means steps."""
+        generator = torch.Generator().manual_seed(self.seed)
+        b, m, k = v.size(0), self.num_branches, self.num_codes
+        # drawn anew when the batch has fewer rows than there are codes
+        draws = torch.stack([torch.randperm(max(b, k), generator=generator)[:k] % b for _ in range(m)])
+        white = ((v - self.mean) * rstd).view(b, m, self.width)
+        self.codewords.copy_(white[draws, torch.arange(m)[:, None]])
+        for step in range(_LLOYD_STEPS):
+            _, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
+            kernels.codebook_update(
+                self.codewords,
+                self.ema_counts,
+                self.ema_sums,
+                counts,
+                sums,
+                0.0,
+                v=v,
+                mean=self.mean,
+                rstd=rstd,
+                revive_below=0.5,
+                seed=self.seed - 1 - step,
+            )
+
+    def _measure(self, v: Tensor, counts: Tensor, sums: Tensor) -> None:
+        """Squared error of the batch's rows against the new codewords, from their sums (no second pass over rows).
+
+        sum |x - c|^2 = sum x^2 - 2 c . sum x + count c^2, a channel, in whitened units times the variance.
+        """
+        c = self.codewords
+        var, mean = self.var.view(-1, self.width), self.mean.view(-1, self.width)
+        square = torch.linalg.vector_norm(v, dim=0).square().view_as(var)
+        total = sums.sum(1)  # of whitened rows
+        std = var.sqrt()
+        white_square = square - 2 * mean * (total * std + v.size(0) * mean) + v.size(0) * mean**2
+        error = white_square + var * ((counts[..., None] * c * c).sum(1) - 2 * (c * sums).sum(1))
+        d = self.branch_dim
+        for i, part in enumerate((slice(0, d), slice(d, None))):
+            self.square_error[i, 0] = error[:, part].sum()
+            self.square_error[i, 1] = square[:, part].sum()
+
+    def _decode(self) -> None:
+        std = self.var.sqrt().view(self.num_branches, 1, self.width)
+        values = self.codewords * std + self.mean.view_as(std)
+        self.x_values.copy_(values[..., : self.branch_dim])
+        if self.grad:
+            self.g_values.copy_(values[..., self.branch_dim :])

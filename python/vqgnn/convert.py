@@ -1,0 +1,146 @@
+"""Give an existing PyG model mini-batches that keep every message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from .graph import BatchGraph, Graph
+from .inference import call_model, evaluating, warmup
+from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .store import Codec, NodeStore
+
+# method -> default codec, gradient store
+METHODS = {
+    "vq": ("pq:d=4,k=256", True),
+    "gas": ("fp32", False),
+    "lmc": ("fp32", True),
+    "drop": (None, False),
+    "full": (None, False),
+}
+_PROBE_NODES = 8
+
+
+def convert(
+    model: nn.Module,
+    data: Data,
+    method: str = "vq",
+    codec: str | Codec | None = None,
+    input: str = "auto",
+    grad: bool | None = None,
+    fill: bool = True,
+    seed: int = 0,
+    forward: Callable[[nn.Module, object], Tensor] = call_model,
+    **codebook,
+) -> nn.Module:
+    """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
+
+    Args:
+        model: any module whose message passing is done by PyG's GCNConv, SAGEConv (mean, sum) or GINConv.
+        data: the whole graph; normalisation coefficients come from it.
+        method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
+            (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
+        codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
+        input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
+            in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between.
+        grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's.
+        fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
+        seed: of the codebooks.
+        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: an unknown option, a conv without a fixed convolution matrix, or a model without convs.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if input not in INPUTS:
+        raise ValueError(f"input={input!r} is unknown; choose one of {', '.join(INPUTS)}")
+    default_codec, default_grad = METHODS[method]
+    if default_codec is None and (codec is not None or grad):
+        raise ValueError(f"codec={codec!r}, grad={grad!r}: method={method!r} keeps no state; leave them out")
+    if method != "vq" and codec is not None and Codec.parse(codec).name == "pq":
+        raise ValueError(f"codec={codec!r} belongs to method='vq', got method={method!r}; use fp32, fp16, int8 or int4")
+    if method == "vq" and codec is not None and Codec.parse(codec).name != "pq":
+        raise ValueError(f"codec={str(codec)!r} holds rows, but method='vq' keeps codes; use pq:d=D,k=K or method='lmc'")
+    grad = default_grad if grad is None else grad
+    graph = Graph.of(data)
+    convs = _swap(model)
+    calls = _probe(model, graph, forward)
+
+    for index, (name, conv) in enumerate(convs.items()):
+        if conv not in calls:
+            raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
+        dim, sees_features = calls[conv]
+        use = StoreUse(conv.convolution())
+        if sees_features and input != "codes":
+            use.input = "rows" if input == "rows" else "precompute"
+        elif input == "precompute" and index == 0:
+            raise ValueError(
+                f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use 'auto' or put the encoder first"
+            )
+        elif default_codec is not None:
+            use.store = NodeStore(graph.num_nodes, dim, codec or default_codec, grad, seed=seed + index, **codebook)
+            use.store.to(graph.x.device)
+        conv.store_use = use
+        graph.wanted[use.convolution, use.input == "precompute"] = None
+    if fill and stores(model):
+        warmup(model, data, forward=forward)
+    return model
+
+
+def stores(model: nn.Module) -> dict[str, NodeStore]:
+    """The node-state stores of a converted model by the path of their conv.
+
+    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StoreConv) and module.store_use is not None and module.store_use.store is not None:
+            found[name] = module.store_use.store
+    return found
+
+
+def _swap(model: nn.Module) -> dict[str, StoreConv]:
+    """Turn PyG's convs into ours: the same objects with another class, so parameters, hooks and optimisers stay."""
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, pyg.MessagePassing)}
+    if not convs:
+        raise ValueError(f"model {type(model).__name__} has no PyG convs to convert")
+    unknown = sorted({type(m).__name__ for m in convs.values() if not isinstance(m, StoreConv) and type(m) not in CONVS})
+    if unknown:
+        known = ", ".join(conv.__name__ for conv in CONVS)
+        raise ValueError(f"model has convs that cannot be converted yet: {', '.join(unknown)}; supported are {known}")
+    for conv in convs.values():
+        if not isinstance(conv, StoreConv):
+            CONVS[type(conv)].convolution(conv)
+    for conv in convs.values():
+        if not isinstance(conv, StoreConv):
+            conv.__class__ = CONVS[type(conv)]
+    return convs
+
+
+def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int, bool]]:
+    """What each conv is given: (channels of its messages, whether they are the features themselves)."""
+    calls: dict[StoreConv, tuple[int, bool]] = {}
+
+    def note(conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+        source = conv.message_input(x)
+        if conv in calls:
+            raise ValueError(f"{type(conv).__name__} is called twice in one forward; give each call a conv of its own")
+        calls[conv] = (source.size(1), source is batch.x)
+        return conv.combine(x, torch.zeros_like(source))
+
+    from .loader import Batch
+
+    x = graph.x[:_PROBE_NODES].clone()
+    n_id = torch.arange(x.size(0))
+    with evaluating(model), torch.no_grad():
+        forward(model, Batch(BatchGraph(graph, n_id, x, run=note), {"x": x}))
+    return calls

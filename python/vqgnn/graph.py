@@ -1,0 +1,220 @@
+"""The whole graph as sparse convolution matrices, and a mini-batch's share of them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import degree
+
+import vqgnn_kernels as kernels
+from vqgnn_kernels import CSR, Rows
+
+_CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the result is ever as tall as the graph
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Which fixed convolution matrix C a conv uses: the key under which the graph keeps it.
+
+    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not).
+    """
+
+    kind: str
+    normalize: bool = True
+    add_self_loops: bool = True
+    improved: bool = False
+
+    def edges(self, graph: Graph) -> tuple[Tensor, Tensor | None]:
+        """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
+        edge_index, weight = graph.edge_index, graph.edge_weight
+        if self.kind == "gcn":
+            if not self.normalize:
+                return edge_index, weight
+            return gcn_norm(
+                edge_index, weight, graph.num_nodes, self.improved, self.add_self_loops, dtype=torch.float32
+            )
+        if self.kind == "mean":  # PyG's SAGEConv takes no edge weights
+            count = degree(edge_index[1], graph.num_nodes, dtype=torch.float32)
+            return edge_index, (1.0 / count)[edge_index[1]]
+        return edge_index, None
+
+
+@dataclass
+class Matrix:
+    """C and its transpose in compressed sparse rows: rowptr [n + 1] int64, col [e] int32, weight [e] fp32 or None.
+
+    Where the graph is undirected the two share rowptr and col, and a batch slices them once.
+    """
+
+    rowptr: Tensor
+    col: Tensor
+    weight: Tensor | None
+    rowptr_t: Tensor
+    col_t: Tensor
+    weight_t: Tensor | None
+
+    @classmethod
+    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int) -> Matrix:
+        source, target = edge_index
+        rowptr, col, order = _compress(target, source, num_nodes)
+        rowptr_t, col_t, order_t = _compress(source, target, num_nodes)
+        if torch.equal(rowptr, rowptr_t) and torch.equal(col, col_t):
+            rowptr_t, col_t = rowptr, col
+        weights = (None, None) if weight is None else (weight[order].contiguous(), weight[order_t].contiguous())
+        if weight is not None and torch.equal(*weights):
+            weights = (weights[0], weights[0])
+        return cls(rowptr, col, weights[0], rowptr_t, col_t, weights[1])
+
+    @property
+    def symmetric_structure(self) -> bool:
+        return self.rowptr_t is self.rowptr
+
+
+def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
+    order = torch.argsort(row * num_nodes + col, stable=True)
+    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=rowptr[1:])
+    return rowptr, col[order].to(torch.int32), order
+
+
+class Graph:
+    """A PyG `Data` as the convolution matrices that its models need, each built once and kept.
+
+    Edges go from `edge_index[0]` to `edge_index[1]`, as in PyG; row i of C holds the messages *to* node i.
+    """
+
+    _known: weakref.WeakKeyDictionary[Data, Graph] = weakref.WeakKeyDictionary()
+
+    def __init__(self, data: Data):
+        edge_index, num_nodes = data.edge_index, data.num_nodes
+        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+            came = getattr(edge_index, "shape", None) or type(edge_index).__name__
+            raise ValueError(f"data.edge_index must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
+        if data.x is None or data.x.dim() != 2 or data.x.size(0) != num_nodes:
+            came = None if data.x is None else tuple(data.x.shape)
+            raise ValueError(f"data.x must be [num_nodes={num_nodes}, features], got {came}; give every node features")
+        if num_nodes >= 2**31:
+            raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
+        if edge_index.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes):
+            low, high = int(edge_index.min()), int(edge_index.max())
+            raise ValueError(
+                f"data.edge_index holds node ids {low}..{high}, allowed are 0..{num_nodes - 1}; "
+                "drop those edges or set data.num_nodes"
+            )
+        self.num_nodes = num_nodes
+        self.edge_index = edge_index
+        self.edge_weight = data.edge_weight if "edge_weight" in data else None
+        self.x = data.x
+        self._matrices: dict[Convolution, Matrix] = {}
+        self._products: dict[Convolution, Tensor] = {}
+        # What the converted models need of a batch: (C, True) its rows of C X, (C, False) its slices of C.
+        self.wanted: dict[tuple[Convolution, bool], None] = {}
+
+    @classmethod
+    def of(cls, data: Data) -> Graph:
+        """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
+        graph = cls._known.get(data)
+        if graph is None or graph.edge_index is not data.edge_index or graph.x is not data.x:
+            graph = cls._known[data] = cls(data)
+        return graph
+
+    def matrix(self, convolution: Convolution) -> Matrix:
+        if convolution not in self._matrices:
+            self._matrices[convolution] = Matrix.build(*convolution.edges(self), self.num_nodes)
+        return self._matrices[convolution]
+
+    def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
+        """Rows start..stop of C with columns that index a table of all nodes directly."""
+        matrix = self.matrix(convolution)
+        rowptr = matrix.rowptr[start : stop + 1]
+        edges = slice(int(rowptr[0]), int(rowptr[-1]))
+        weight = None if matrix.weight is None else matrix.weight[edges]
+        return CSR(rowptr - rowptr[0], matrix.col[edges], weight, None)
+
+    def propagate(self, convolution: Convolution, rows: Rows, start: int, stop: int, dim: int) -> Tensor:
+        """Rows start..stop of C X, with X [n, dim] given as a table."""
+        empty = torch.empty(0, dim)
+        return kernels.aggregate(empty, self.rows_of(convolution, start, stop), rows)
+
+    def product(self, convolution: Convolution) -> Tensor:
+        """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
+        if convolution not in self._products:
+            out = torch.empty(self.num_nodes, self.x.size(1))
+            for start in range(0, self.num_nodes, _CHUNK):
+                stop = min(start + _CHUNK, self.num_nodes)
+                out[start:stop] = self.propagate(convolution, self.features, start, stop, self.x.size(1))
+            self._products[convolution] = out
+        return self._products[convolution]
+
+    @property
+    def features(self) -> Rows:
+        """The input features as a table of exact rows."""
+        return Rows("fp32", self.x.float().contiguous(), None, None)
+
+
+@dataclass(eq=False)
+class BatchGraph:
+    """What a mini-batch knows of the graph: goes where `edge_index` goes.
+
+    n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
+    answers for every conv instead of the training store.
+    """
+
+    graph: Graph
+    n_id: Tensor
+    x: Tensor
+    run: object | None = None
+    _slices: dict[Convolution, tuple[CSR, CSR]] = field(default_factory=dict, repr=False)
+    _inputs: dict[Convolution, Tensor] = field(default_factory=dict, repr=False)
+
+    def prepare(self) -> BatchGraph:
+        """Slice all that the converted models of this graph need (done by the loader's thread)."""
+        for convolution, product in list(self.graph.wanted):
+            if product:
+                self.input_messages(convolution)
+            else:
+                self.csr(convolution)
+        return self
+
+    def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo."""
+        if convolution not in self._slices:
+            self._slices[convolution] = self._slice(convolution)
+        return self._slices[convolution]
+
+    def _slice(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        m = self.graph.matrix(convolution)
+        if self.whole:
+            none = torch.empty(0, dtype=torch.int64)
+            return CSR(m.rowptr, m.col, m.weight, none), CSR(m.rowptr_t, m.col_t, m.weight_t, none)
+        forward = self._slice_one(m.rowptr, m.col, m.weight)
+        if not m.symmetric_structure:
+            return forward, self._slice_one(m.rowptr_t, m.col_t, m.weight_t)
+        if m.weight_t is m.weight:
+            return forward, forward
+        weight_t = kernels.csr_slice_values(m.rowptr, self.n_id, forward.rowptr, m.weight_t)
+        return forward, forward._replace(weight=weight_t)
+
+    def _slice_one(self, rowptr: Tensor, col: Tensor, weight: Tensor | None) -> CSR:
+        rowptr_b, col_b, halo = kernels.csr_slice(rowptr, col, self.n_id)
+        if weight is not None:
+            weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
+        return CSR(rowptr_b, col_b, weight, halo)
+
+    def input_messages(self, convolution: Convolution) -> Tensor:
+        """The batch's rows of C X."""
+        if convolution not in self._inputs:
+            product = self.graph.product(convolution)
+            self._inputs[convolution] = product if self.whole else product[self.n_id]
+        return self._inputs[convolution]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the batch is the graph itself, in its own order."""
+        return self.x is self.graph.x

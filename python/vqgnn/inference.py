@@ -1,0 +1,219 @@
+"""Inference layer by layer: exact for every node, in bounded memory, without touching the training store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from tqdm import tqdm
+
+import vqgnn_kernels as kernels
+from vqgnn_kernels import Rows
+
+from .graph import BatchGraph, Graph
+from .loader import Batch, BatchLoader
+from .nn import StoreConv
+
+METHODS = ("exact", "vq", "stale")
+_BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 channels
+
+
+def call_model(model: nn.Module, batch: Batch) -> Tensor:
+    """The default way to call a model on a batch."""
+    return model(batch.x, batch.graph)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def layerwise(
+    model: nn.Module,
+    data: Data,
+    batch_size: int | None = None,
+    method: str = "exact",
+    dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,
+    forward: Callable[[nn.Module, Batch], Tensor] = call_model,
+    progress: bool = False,
+) -> Tensor:
+    """The converted model's output for every node of `data`, [n, out_channels].
+
+    One pass over the nodes a conv: pass l computes conv l for every node from exact inputs of every neighbour, keeps
+    its output, and records what the next conv is given. The result is the whole graph's, for any model; memory is
+    O(n f) for the kept rows and O(batch_size f) for the rest.
+
+    Args:
+        model: a converted model; it is put in evaluation mode for the time.
+        batch_size: nodes at a time, default 32,768.
+        method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
+            pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
+        dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
+        folder: keep the rows in memory-mapped files in this folder instead of in RAM.
+        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype} is not supported for kept rows; use torch.float32 or torch.float16")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    with evaluating(model):
+        if method == "stale":
+            loader = BatchLoader(data, batch_size, seed=0)
+            outputs = None
+            for batch in tqdm(loader, disable=not progress, desc="inference", leave=False):
+                out = forward(model, batch)
+                if outputs is None:
+                    outputs = out.new_empty(data.num_nodes, out.size(1))
+                outputs[batch.n_id] = out
+            return outputs
+        return _Sweep(data, batch_size, dtype, folder, forward, progress, quantise=method == "vq").run(model)
+
+
+@torch.no_grad()
+def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> None:
+    """Fill the stores of a converted model by one exact forward sweep, codebooks included.
+
+    `convert` does it; do it again after loading other weights. Gradients are unknown before the first step and stay 0.
+    """
+
+    def fill(conv: StoreConv, rows: Tensor) -> None:
+        store = conv.store_use.store
+        if store is None:
+            return
+        n = rows.size(0)
+        size = math.ceil(n / 10)
+        generator = torch.Generator().manual_seed(0)
+        for n_id in torch.randperm(n, generator=generator).split(size):
+            store.push(n_id, rows[n_id])
+        if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
+            for n_id in torch.arange(n).split(size):
+                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id]))
+
+    with evaluating(model):
+        _Sweep(data, None, torch.float32, None, forward, False, on_inputs=fill).run(model)
+    for conv in model.modules():  # a store of the features themselves (input="codes") is no conv's output
+        if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
+            fill(conv, data.x.float())
+
+
+class _NextConv(Exception):
+    """Raised by a conv that is reached before its inputs are known for every node."""
+
+
+class _Sweep:
+    """The passes of layer-wise inference. Set as a batch's `run`, it answers for every conv (see BatchGraph)."""
+
+    def __init__(self, data, batch_size, dtype, folder, forward, progress, quantise=False, on_inputs=None):
+        self.graph = Graph.of(data)
+        self.batch_size = batch_size or _BATCH
+        self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
+        self.quantise, self.on_inputs = quantise, on_inputs
+        self.outputs: list[Tensor] = []  # of the convs that are done, in the order of their calls
+        self.inputs: Rows | None = None  # what the conv of this pass is given, for every node
+        self.recorded: Tensor | None = None  # what the next conv is given, as far as this pass has come
+        self.target: StoreConv | None = None
+
+    def run(self, model: nn.Module) -> Tensor:
+        graph = self.graph
+        ranges = [(s, min(s + self.batch_size, graph.num_nodes)) for s in range(0, graph.num_nodes, self.batch_size)]
+        result = None
+        while result is None:
+            self.outputs.append(None)
+            self.recorded = None
+            for start, stop in tqdm(ranges, disable=not self.progress, desc=f"pass {len(self.outputs)}", leave=False):
+                self.range, self.call = (start, stop), 0
+                x = graph.x if stop - start == graph.num_nodes else graph.x[start:stop]
+                batch_graph = BatchGraph(graph, torch.arange(start, stop), x, run=self)
+                try:
+                    out = self.forward(model, Batch(batch_graph, {"x": x}))
+                except _NextConv:
+                    continue
+                if result is None:
+                    result = out.new_empty(graph.num_nodes, *out.shape[1:])
+                result[start:stop] = out
+            if self.outputs[-1] is None:  # this pass met no conv that it could compute: it only recorded inputs
+                self.outputs.pop()
+            if self.recorded is not None:
+                self._close_inputs()
+        return result
+
+    def __call__(self, conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+        start, stop = self.range
+        index, self.call = self.call, self.call + 1
+        if index < len(self.outputs) - 1:
+            return self.outputs[index][start:stop].to(x.dtype)
+        source = conv.message_input(x)
+        convolution = conv.store_use.convolution
+        if index == len(self.outputs) - 1:
+            if source is batch.x:
+                messages = self._input_messages(conv, batch)
+            elif self.inputs is None:
+                return self._record(conv, source)
+            elif self.quantise:
+                messages = kernels.aggregate(source, batch.csr(convolution)[0], self.inputs)
+            else:
+                messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x.dtype)
+            out = conv.combine(x, messages)
+            if self.outputs[index] is None:
+                self.outputs[index] = self._rows(f"conv{index}", out.size(1))
+            self.outputs[index][start:stop] = out
+            return out
+        return self._record(conv, source)
+
+    def _input_messages(self, conv: StoreConv, batch: BatchGraph) -> Tensor:
+        use = conv.store_use
+        if use.input == "precompute":
+            return self.graph.product(use.convolution)[slice(*self.range)]
+        return self.graph.propagate(use.convolution, self.graph.features, *self.range, batch.x.size(1))
+
+    def _record(self, conv: StoreConv, source: Tensor) -> Tensor:
+        """Keep what the next conv is given for these nodes, and leave the model: it cannot go on before all are known."""
+        start, stop = self.range
+        self.target = conv
+        if self.quantise:
+            if conv.store_use.store is None or conv.store_use.store.codebook is None:
+                raise ValueError("method='vq' needs a model converted with method='vq'; use method='exact'")
+            source_codes = conv.store_use.store.codebook.assign(source)
+            if self.recorded is None:
+                self.recorded = source_codes.new_empty(self.graph.num_nodes, source_codes.size(1))
+            self.recorded[start:stop] = source_codes
+        else:
+            if self.recorded is None:
+                self.recorded = self._rows("inputs", source.size(1))
+            self.recorded[start:stop] = source
+        raise _NextConv
+
+    def _close_inputs(self) -> None:
+        if self.on_inputs is not None:
+            self.on_inputs(self.target, self.recorded)
+        if self.quantise:
+            self.inputs = Rows("pq", self.recorded, None, self.target.store_use.store.codebook.x_values)
+        else:
+            self.inputs = Rows("fp32" if self.dtype == torch.float32 else "fp16", self.recorded, None, None)
+
+    def _rows(self, name: str, dim: int) -> Tensor:
+        """An [n, dim] table in RAM or in a file."""
+        size = (self.graph.num_nodes, dim)
+        if self.folder is None:
+            return torch.empty(size, dtype=self.dtype)
+        path = Path(self.folder) / f"{name}.rows"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # "inputs" of the last pass may still be mapped; it lives on until it is dropped
+        return torch.from_file(str(path), shared=True, size=size[0] * size[1], dtype=self.dtype).view(size)
+

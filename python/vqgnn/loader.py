@@ -1,0 +1,158 @@
+"""Mini-batches of nodes, built by a background thread while the model computes."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from vqgnn_kernels import set_num_threads
+
+from .graph import BatchGraph, Graph
+from .partition import partition
+
+SAMPLERS = ("node", "cluster")
+_PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
+
+
+class Batch:
+    """A mini-batch: `n_id` [b], `graph`, and every node-level tensor of the data (`x`, `y`, masks, ...) for its nodes."""
+
+    def __init__(self, graph: BatchGraph, tensors: dict[str, Tensor]):
+        self.graph = graph
+        self.n_id = graph.n_id
+        self.num_nodes = graph.n_id.numel()
+        self.__dict__.update(tensors)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{k}={list(v.shape)}" for k, v in self.__dict__.items() if isinstance(v, Tensor))
+        return f"Batch({sizes})"
+
+
+class BatchLoader:
+    """Iterates over the nodes of a graph in mini-batches; an epoch visits each node once.
+
+    Args:
+        data: PyG `Data` with `x` [n, f] and `edge_index` [2, e].
+        batch_size: nodes a batch (with sampler "cluster": on average). Default: a tenth of the graph.
+        num_parts: instead of `batch_size`, split the graph into so many parts ...
+        parts_per_batch: ... and join so many of them, drawn anew every epoch, to a batch.
+        sampler: "node" (uniformly random nodes) or "cluster" (METIS parts, as in Cluster-GCN).
+        shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
+        seed: with the epoch's number it decides the order.
+        prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
+        cache_dir: folder for partitions; default: the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int | None = None,
+        num_parts: int | None = None,
+        parts_per_batch: int = 1,
+        sampler: str = "node",
+        shuffle: bool = True,
+        seed: int = 0,
+        prefetch: int = 2,
+        cache_dir: str | Path | None = None,
+    ):
+        n = data.num_nodes
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+        if batch_size is not None and num_parts is not None:
+            raise ValueError(f"batch_size={batch_size} and num_parts={num_parts} were both given; give one of them")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if parts_per_batch < 1 or (num_parts is not None and not parts_per_batch <= num_parts):
+            raise ValueError(f"parts_per_batch={parts_per_batch} must be in 1..num_parts={num_parts}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch={prefetch} must be 0 (no background thread) or more")
+        self.data, self.sampler, self.shuffle, self.seed, self.prefetch = data, sampler, shuffle, seed, prefetch
+        self.graph = Graph.of(data)
+        self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
+        self._epoch = 0
+        self._parts: list[Tensor] | None = None
+        if num_parts is None:
+            batch_size = batch_size or math.ceil(n / 10)
+            self._num_batches = math.ceil(n / batch_size)
+            num_parts = self._num_batches * _PARTS_A_BATCH
+        else:
+            self._num_batches = math.ceil(num_parts / parts_per_batch)
+        if sampler == "cluster" and self._num_batches > 1:
+            self._parts = partition(data.edge_index, n, min(num_parts, n), cache_dir)
+            self._num_batches = min(self._num_batches, len(self._parts))
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the one of this epoch: its order depends on `seed` and `epoch` alone."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        node_ids = self._draw(self._epoch)
+        self._epoch += 1
+        if self.prefetch == 0:
+            yield from map(self._build, node_ids)
+            return
+        yield from self._in_background(node_ids)
+
+    def _draw(self, epoch: int) -> list[Tensor]:
+        n = self.graph.num_nodes
+        if self._num_batches == 1:
+            return [torch.arange(n)]
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        count = len(self._parts) if self._parts else n
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        groups = torch.tensor_split(order, self._num_batches)
+        if self._parts:
+            groups = [torch.cat([self._parts[i] for i in group.tolist()]) for group in groups]
+        # Ascending ids: neighbouring rows of the graph, the features and the store are then read in order.
+        return [group.sort().values for group in groups]
+
+    def _build(self, n_id: Tensor) -> Batch:
+        graph = self.graph
+        if n_id.numel() == graph.num_nodes:
+            return Batch(BatchGraph(graph, n_id, graph.x).prepare(), {"x": graph.x, **self._tensors})
+        x = graph.x[n_id]
+        tensors = {k: v[n_id] for k, v in self._tensors.items()}
+        return Batch(BatchGraph(graph, n_id, x).prepare(), {"x": x, **tensors})
+
+    def _in_background(self, node_ids: list[Tensor]) -> Iterator[Batch]:
+        ready: queue.Queue = queue.Queue(self.prefetch)
+        stop = threading.Event()
+
+        def put(item) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            set_num_threads(1)  # the cores belong to the model; this thread only keeps ahead of it
+            try:
+                for n_id in node_ids:
+                    if stop.is_set():
+                        return
+                    put(self._build(n_id))
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="vqgnn-loader", daemon=True)
+        thread.start()
+        try:
+            for _ in node_ids:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()

@@ -1,0 +1,153 @@
+"""Node-state stores: what a mini-batch knows of the nodes outside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import vqgnn_kernels as kernels
+from vqgnn_kernels import Rows
+
+from .codebook import Codebook
+
+ROW_CODECS = ("fp32", "fp16", "int8", "int4")
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256")."""
+
+    name: str
+    branch_dim: int = 4
+    num_codes: int = 256
+
+    @classmethod
+    def parse(cls, text: str | Codec) -> Codec:
+        if isinstance(text, Codec):
+            return text
+        name, _, rest = text.partition(":")
+        try:
+            options = {key: int(value) for key, value in (item.split("=") for item in rest.split(",") if item)}
+        except ValueError:
+            options = {"?": 0}
+        if name in ROW_CODECS and not rest:
+            return cls(name)
+        d, k = options.pop("d", 4), options.pop("k", 256)
+        if name != "pq" or options or d < 1 or not 1 <= k <= 32768:
+            raise ValueError(
+                f"codec={text!r} is unknown; use one of {', '.join(ROW_CODECS)} or pq:d=D,k=K with D >= 1 channels a "
+                "branch and K in 1..32768 codewords, e.g. pq:d=4,k=256"
+            )
+        return cls("pq", d, k)
+
+    def __str__(self) -> str:
+        return f"pq:d={self.branch_dim},k={self.num_codes}" if self.name == "pq" else self.name
+
+    def bytes_per_node(self, dim: int, grad: bool) -> int:
+        """Bytes of state a node and layer of `dim` channels, its age left out; codes hold state and gradient at once."""
+        if self.name == "pq":
+            return -(-dim // self.branch_dim) * (1 if self.num_codes <= 256 else 2)
+        size = {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 4, "int4": (dim + 1) // 2 + 4}[self.name]
+        return size * (2 if grad else 1)
+
+    def table(self, num_nodes: int, dim: int) -> tuple[Tensor, Tensor | None]:
+        """Zeroed `(data, scale)` of a table of rows (or codes) of all nodes."""
+        if self.name == "pq":
+            kind = torch.uint8 if self.num_codes <= 256 else torch.int16
+            return torch.zeros(num_nodes, -(-dim // self.branch_dim), dtype=kind), None
+        if self.name in ("fp32", "fp16"):
+            return torch.zeros(num_nodes, dim, dtype=torch.float32 if self.name == "fp32" else torch.float16), None
+        width = dim if self.name == "int8" else (dim + 1) // 2
+        return torch.zeros(num_nodes, width, dtype=torch.uint8), torch.zeros(num_nodes, 2, dtype=torch.bfloat16)
+
+
+class NodeStore(nn.Module):
+    """State of every node at the input of one conv, and (with `grad`) the gradient of its messages.
+
+    One class for every method: "gas" keeps rows, "lmc" rows and gradient rows, "vq" codes that decode to both.
+
+    Args:
+        num_nodes: n.
+        dim: f, channels of a node state.
+        codec: a `Codec` or its text.
+        grad: keep gradients too.
+        seed: of the codebook.
+        options: further arguments of `Codebook`.
+    """
+
+    def __init__(self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options):
+        super().__init__()
+        self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
+        data, scale = self.codec.table(num_nodes, dim)
+        self.register_buffer("data", data)
+        self.register_buffer("scale", scale)
+        self.codebook = None
+        if self.codec.name == "pq":
+            self.codebook = Codebook(dim, self.codec.branch_dim, self.codec.num_codes, grad, seed=seed, **options)
+        elif options:
+            raise ValueError(f"codebook options {sorted(options)} were given, but codec={self.codec} has no codebook")
+        rows_of_gradients = grad and self.codebook is None
+        grad_data, grad_scale = self.codec.table(num_nodes, dim) if rows_of_gradients else (None, None)
+        self.register_buffer("grad_data", grad_data)
+        self.register_buffer("grad_scale", grad_scale)
+        self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}"
+
+    @property
+    def rows(self) -> Rows:
+        """States as `aggregate` reads them in place."""
+        return Rows(self.codec.name, self.data, self.scale, self.codebook.x_values if self.codebook else None)
+
+    @property
+    def grad_rows(self) -> Rows | None:
+        """Gradients as `aggregate`'s backward reads them in place; None without a gradient store."""
+        if not self.grad:
+            return None
+        if self.codebook:
+            return Rows("pq", self.data, None, self.codebook.g_values)
+        return Rows(self.codec.name, self.grad_data, self.grad_scale, None)
+
+    @torch.no_grad()
+    def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None) -> None:
+        """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
+
+        With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows.
+        """
+        if x.shape != (n_id.numel(), self.dim):
+            raise ValueError(f"x has shape {list(x.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id")
+        value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
+        kernels.push_rows(self.rows, n_id, value)
+        if g is not None and self.grad_data is not None:
+            kernels.push_rows(self.grad_rows, n_id, g)
+        self.step += 1
+        self.written[n_id] = self.step.to(torch.int32)
+
+    def pull(self, n_id: Tensor | None = None) -> Tensor:
+        """Decoded states [b, dim] fp32 of nodes n_id [b] (None: of all)."""
+        return kernels.pull_rows(self.rows, n_id, self.dim)
+
+    @property
+    def age(self) -> Tensor:
+        """[n] steps since each node's state was written; the number of all steps for one never written."""
+        return torch.where(self.written == _NEVER, self.step, self.step - self.written)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state: everything in this store, ages and codebooks included."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same state as fp32 rows (the histories of GNNAutoScale)."""
+        return 4 * self.num_nodes * self.dim
+
+    def stats(self) -> dict[str, float]:
+        """Mean staleness in steps and, with a codebook, its health (see `Codebook.stats`)."""
+        health = self.codebook.stats() if self.codebook else {}
+        return {"staleness": float(self.age.float().mean()), **health}

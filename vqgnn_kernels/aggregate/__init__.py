@@ -1,0 +1,129 @@
+"""One convolution over in-batch rows and the halo's stored state, without materialising the halo."""
+
+import torch
+from torch import Tensor
+
+from .._library import register, register_autograd
+from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
+from . import reference
+
+__all__ = ["CSR", "Rows", "aggregate"]
+
+
+def aggregate(
+    x: Tensor, csr: CSR, rows: Rows | None = None, csr_t: CSR | None = None, grad_rows: Rows | None = None
+) -> Tensor:
+    """Add up every row's messages, from the batch's own rows and from the halo's stored state.
+
+    out = C_BB x + C_BH X~_H                      (VQ-GNN, equation 6)
+    grad_x = C_BB^T grad_out + C_HB^T G~_H        (equation 7: this function over csr_t and grad_rows)
+
+    The halo is decoded edge by edge in registers; no [h, f] array exists. Sums are fp32, each row's in a fixed order
+    (in-batch edges first), so the result does not depend on the number of threads. Rows, weights and codebooks get no
+    gradient. They are read again by the backward as they are then, not as they were: writing new state into a table
+    between forward and backward is allowed.
+
+    Args:
+        x: [b, f] fp32/fp16/bf16, the batch's own rows; b may be 0.
+        csr: r rows; columns < b are rows of x, the others are halo entries.
+        rows: the table that the halo entries point into; None skips them ("drop").
+        csr_t: the transposed matrix, b rows; columns < r are rows of grad_out, the others are entries of csr_t.halo.
+            Needed when x requires a gradient.
+        grad_rows: the table of stored output gradients that csr_t.halo points into; None skips them.
+    Returns:
+        [r, f] of x's dtype.
+    Raises:
+        ValueError: wrong dtype or shape, a column or halo entry out of range (found while the edges are read, at no
+            extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified values.
+    """
+    check_tensor("x", x, FLOATS, (None, None))
+    b, f = x.shape
+    _check_csr("csr", csr)
+    if rows is not None:
+        check_rows("rows", rows, f)
+    if csr_t is None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("csr_t is None, but x requires a gradient; pass the transposed CSR, or x.detach()")
+        if grad_rows is not None:
+            raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
+    else:
+        if _check_csr("csr_t", csr_t) != b:
+            raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
+        if grad_rows is not None:
+            check_rows("grad_rows", grad_rows, f)
+    return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows))
+
+
+def _check_csr(name: str, csr: CSR) -> int:
+    check_tensor(f"{name}.rowptr", csr.rowptr, (torch.int64,), (None,))
+    check_tensor(f"{name}.col", csr.col, (torch.int32,), (None,))
+    if csr.rowptr.shape[0] < 1:
+        raise ValueError(f"{name}.rowptr is empty; r rows need r + 1 entries, the first one 0")
+    if csr.weight is not None:
+        check_tensor(f"{name}.weight", csr.weight, (torch.float32,), (csr.col.shape[0],))
+    if csr.halo is not None:
+        check_tensor(f"{name}.halo", csr.halo, (torch.int64,), (None,))
+    return csr.rowptr.shape[0] - 1
+
+
+def check_entries(csr: CSR, b: int, rows: Rows | None) -> None:
+    """Raise ValueError when an entry of rowptr, col or halo is out of range."""
+    rowptr, col, _, halo = csr
+    if rowptr[0] != 0 or rowptr[-1] != col.shape[0] or (rowptr.diff() < 0).any():
+        raise ValueError(f"rowptr must rise from 0 to the number of edges, {col.shape[0]}")
+    if not col.numel():
+        return
+    low, high = int(col.min()), int(col.max())
+    num_halo = None if rows is None else rows.data.shape[0] if halo is None else halo.shape[0]
+    if low < 0 or (num_halo is not None and high >= b + num_halo):
+        raise ValueError(
+            f"col spans {low}..{high}; with {b} rows in x and {num_halo} halo entries it must lie in "
+            f"0..{b + (num_halo or 0) - 1}"
+        )
+    if rows is not None and halo is not None and halo.numel():
+        low, high = int(halo.min()), int(halo.max())
+        if low < 0 or high >= rows.data.shape[0]:
+            raise ValueError(f"halo spans {low}..{high}; the table has rows 0..{rows.data.shape[0] - 1}")
+
+
+def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
+    """The eight op arguments of a matrix and its table; codec "" says that there is no table."""
+    return (*(csr or (None,) * 4), *(rows or ("", None, None, None)))
+
+
+def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
+    return CSR(rowptr, col, weight, halo), Rows(codec, data, scale, codebook) if codec else None
+
+
+def _impl(x, *args):
+    csr, rows = _bundle(*args[:8])
+    check_entries(csr, x.shape[0], rows)
+    return reference.aggregate(x, csr, rows)
+
+
+def _fake(x, rowptr, *args):
+    return x.new_empty(rowptr.shape[0] - 1, x.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    # Plain attributes, not save_for_backward: the tables are updated in place between forward and backward on purpose,
+    # which autograd's version counter would refuse.
+    ctx.forward_matrix = inputs[1:5]
+    ctx.backward_args = inputs[9:17]
+
+
+def _backward(ctx, grad_out):
+    no_table = ("", None, None, None)  # the table is a constant: a second derivative sees the matrix alone
+    grad_x = _aggregate(grad_out, *ctx.backward_args, *ctx.forward_matrix, *no_table)
+    return grad_x, *(None,) * 16
+
+
+_aggregate = register(
+    "aggregate(Tensor x, Tensor rowptr, Tensor col, Tensor? weight, Tensor? halo,"
+    " str codec, Tensor? data, Tensor? scale, Tensor? codebook,"
+    " Tensor? t_rowptr, Tensor? t_col, Tensor? t_weight, Tensor? t_halo,"
+    " str t_codec, Tensor? t_data, Tensor? t_scale, Tensor? t_codebook) -> Tensor",
+    _impl,
+    _fake,
+)
+register_autograd("aggregate", _backward, _setup_context)

@@ -1,0 +1,23 @@
+"""Aggregate in plain torch: the truth that the kernels are tested against."""
+
+import torch
+from torch import Tensor
+
+from .._types import CSR, Rows
+from ..store_io.reference import pull_rows
+
+
+def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor:
+    """Decode the halo, gather one message an edge, add them up."""
+    num_rows = csr.rowptr.shape[0] - 1
+    row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), csr.rowptr.diff())
+    col = csr.col.long()
+    weight = torch.ones(col.shape[0], device=x.device) if csr.weight is None else csr.weight
+    source = x.float()
+    if rows is None:
+        kept = col < x.shape[0]
+        row, col, weight = row[kept], col[kept], weight[kept]
+    else:
+        source = torch.cat([source, pull_rows(rows, csr.halo, x.shape[1])])
+    out = torch.zeros(num_rows, x.shape[1], device=x.device)
+    return out.index_add_(0, row, source[col] * weight[:, None]).to(x.dtype)

@@ -1,0 +1,179 @@
+"""Learning the codewords: per-codeword statistics of a batch and the EMA update (VQ-GNN, algorithm 2)."""
+
+import torch
+from torch import Tensor
+
+from .._library import register
+from . import reference
+
+
+def codebook_stats(
+    v: Tensor,  # [b, m*dv]
+    codes: Tensor,  # [b, m]
+    num_codes: int,
+    mean: Tensor | None = None,  # [m*dv]
+    rstd: Tensor | None = None,  # [m*dv]
+) -> tuple[Tensor, Tensor]:  # [m, K], [m, K, dv]
+    """Size and vector sum of every cluster of a batch.
+
+    counts[j, k] = |{i: codes[i, j] = k}| and sums[j, k] = the sum of the whitened rows of these i, in branch j
+    (R^T 1 and R^T V of lines 6 and 7 of algorithm 2, without a one-hot matrix).
+
+    Args:
+        v: [b, m*dv] fp32, fp16 or bf16 rows; branch j is columns j*dv to (j+1)*dv.
+        codes: [b, m] assignment, uint8 for num_codes <= 256, else int16.
+        num_codes: K, the codewords of a branch.
+        mean, rstd: [m*dv] fp32; given both, rows are whitened, (v - mean) * rstd, on the fly.
+
+    Returns:
+        counts [m, K] fp32 and sums [m, K, dv] fp32. Not differentiable.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or a code outside 0..num_codes-1.
+    """
+    dtype = code_dtype(num_codes)
+    if codes.dim() != 2 or codes.shape[1] == 0 or codes.dtype != dtype:
+        raise ValueError(
+            f"codes must be [b, m] {dtype} for num_codes={num_codes}, got {list(codes.shape)} {codes.dtype}; "
+            "pass the result of vq_assign"
+        )
+    m = codes.shape[1]
+    if v.dim() != 2 or v.shape[0] != codes.shape[0] or v.shape[1] % m:
+        raise ValueError(
+            f"v must be [b, m*dv] with b, m = {codes.shape[0]}, {m} as in codes, got {list(v.shape)}; "
+            "pass the rows that were assigned"
+        )
+    check_rows(v, v.shape[1], mean, rstd, codes.device)
+    return _codebook_stats(v.detach(), codes, num_codes, mean, rstd)
+
+
+def codebook_update(
+    codebook: Tensor,  # [m, K, dv]
+    ema_counts: Tensor,  # [m, K]
+    ema_sums: Tensor,  # [m, K, dv]
+    counts: Tensor,  # [m, K]
+    sums: Tensor,  # [m, K, dv]
+    decay: float,
+    *,
+    eps: float = 1e-5,
+    v: Tensor | None = None,  # [b, m*dv]
+    mean: Tensor | None = None,  # [m*dv]
+    rstd: Tensor | None = None,  # [m*dv]
+    revive_below: float = 0.0,
+    seed: int = 0,
+) -> Tensor:  # [m]
+    """One EMA step of all codebooks of a layer, in place (lines 6 to 8 of algorithm 2, Laplace-smoothed).
+
+    ema_counts = decay * ema_counts + (1 - decay) * counts, the same for ema_sums, then
+    codebook[j, k] = ema_sums[j, k] / ((ema_counts[j, k] + eps) / (N + K * eps) * N), N = sum_k ema_counts[j, k].
+    A codeword with ema_counts = 0 (nothing ever seen) stays where it is.
+
+    Dead codes: given `v` and revive_below > 0, every code with ema_counts < revive_below (after the step) becomes the
+    whitened branch slice of row r of v, with ema_counts = revive_below and ema_sums = codeword * revive_below, where
+    r = z mod b and z is output number i = j*K + k of SplitMix64 seeded with `seed`, all modulo 2^64:
+        z = seed + (i + 1) * 0x9E3779B97F4A7C15
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+        z = z ^ (z >> 31)
+
+    Args:
+        codebook, ema_sums: [m, K, dv] fp32, contiguous, changed in place; codewords are in whitened space.
+        ema_counts: [m, K] fp32, contiguous, changed in place.
+        counts, sums: [m, K] and [m, K, dv] fp32 of the batch, from `codebook_stats` or `vq_assign_stats`.
+        decay: gamma of the paper, in [0, 1]; 0 is a plain k-means step.
+        eps: Laplace smoothing, >= 0.
+        v: [b, m*dv] fp32, fp16 or bf16 rows to revive dead codes from.
+        mean, rstd: [m*dv] fp32 whitening of v; both or neither.
+        revive_below: size (in the units of ema_counts) under which a code is dead; 0 revives none.
+        seed: any int64; take another one each step.
+
+    Returns:
+        [m] int64, the codes revived in each branch (0 everywhere for an empty v).
+
+    Raises:
+        ValueError: wrong shape, dtype, device, memory layout or range.
+    """
+    if codebook.dim() != 3 or 0 in codebook.shape:
+        raise ValueError(f"codebook must be [m, K, dv] and not empty, got {list(codebook.shape)}")
+    m, K, dv = codebook.shape
+    state = {"codebook": (codebook, (m, K, dv)), "ema_counts": (ema_counts, (m, K)), "ema_sums": (ema_sums, (m, K, dv))}
+    batch = {"counts": (counts, (m, K)), "sums": (sums, (m, K, dv))}
+    for name, (tensor, shape) in {**state, **batch}.items():
+        if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device != codebook.device:
+            raise ValueError(
+                f"{name} must be {list(shape)} torch.float32 on {codebook.device} (from the codebook's shape), "
+                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    for name, (tensor, _) in state.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, it is changed in place; call .contiguous() where it is made")
+    for name, value, most in (
+        ("decay", decay, 1),
+        ("eps", eps, float("inf")),
+        ("revive_below", revive_below, float("inf")),
+    ):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name} must be in [0, {most}], got {value}")
+    if v is not None:
+        if v.dim() != 2 or v.shape[1] != m * dv:
+            raise ValueError(f"v must be [b, {m * dv}] (m*dv of the codebook), got {list(v.shape)}")
+        check_rows(v, m * dv, mean, rstd, codebook.device)
+        v = v.detach()
+    state = (codebook.detach(), ema_counts.detach(), ema_sums.detach())
+    return _codebook_update(*state, counts, sums, decay, eps, v, mean, rstd, revive_below, seed)
+
+
+def code_dtype(num_codes: int) -> torch.dtype:
+    """Storage of codes: uint8 for up to 256 codewords a branch, int16 for up to 32768."""
+    if not 1 <= num_codes <= 32768:
+        raise ValueError(f"the number of codewords K must be in 1..32768, got {num_codes}")
+    return torch.uint8 if num_codes <= 256 else torch.int16
+
+
+def check_rows(v: Tensor, width: int, mean: Tensor | None, rstd: Tensor | None, device: torch.device) -> None:
+    """ValueError unless v is floating point on `device` and its whitening is [width] fp32 there, or absent."""
+    if not v.is_floating_point() or v.device != device:
+        raise ValueError(f"v must be floating point on {device} like the other tensors, got {v.dtype} on {v.device}")
+    if (mean is None) != (rstd is None):
+        raise ValueError("mean and rstd must be given together (whitening) or not at all")
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor is None:
+            continue
+        if tensor.shape != (width,) or tensor.dtype != torch.float32 or tensor.device != device:
+            raise ValueError(
+                f"{name} must be [{width}] torch.float32 on {device}, one value a column of v, "
+                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _stats_implementation(v, codes, num_codes, mean, rstd):
+    return reference.codebook_stats(v, codes, num_codes, mean, rstd)
+
+
+def _stats_fake(v, codes, num_codes, mean, rstd):
+    m = codes.shape[1]
+    counts = v.new_empty((m, num_codes), dtype=torch.float32)
+    return counts, v.new_empty((m, num_codes, v.shape[1] // m), dtype=torch.float32)
+
+
+def _update_implementation(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed):
+    return reference.codebook_update(
+        codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed
+    )
+
+
+def _update_fake(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed):
+    return codebook.new_empty(codebook.shape[0], dtype=torch.int64)
+
+
+_codebook_stats = register(
+    "codebook_stats(Tensor v, Tensor codes, int num_codes, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor)",
+    _stats_implementation,
+    _stats_fake,
+)
+_codebook_update = register(
+    "codebook_update(Tensor(a!) codebook, Tensor(b!) ema_counts, Tensor(c!) ema_sums, Tensor counts, Tensor sums, "
+    "float decay, float eps, Tensor? v, Tensor? mean, Tensor? rstd, float revive_below, int seed) -> Tensor",
+    _update_implementation,
+    _update_fake,
+)

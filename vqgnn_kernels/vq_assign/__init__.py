@@ -1,0 +1,90 @@
+"""Nearest codewords of product vector quantisation (VQ-GNN, FindNearest of algorithm 2)."""
+
+import torch
+from torch import Tensor
+
+from .._library import register
+from ..codebook_update import check_rows, code_dtype
+from . import reference
+
+
+def vq_assign(
+    v: Tensor,  # [b, m*dv]
+    codebook: Tensor,  # [m, K, dv]
+    mean: Tensor | None = None,  # [m*dv]
+    rstd: Tensor | None = None,  # [m*dv]
+) -> Tensor:  # [b, m]
+    """Nearest codeword of every row in each of m branches (line 5 of algorithm 2, whitening fused).
+
+    codes[i, j] = argmin_k |w[i, j*dv:(j+1)*dv] - codebook[j, k]|^2, w = (v - mean) * rstd; ties go to the lowest k.
+
+    Args:
+        v: [b, m*dv] fp32, fp16 or bf16 rows.
+        codebook: [m, K, dv] fp32, in whitened space, 1 <= K <= 32768.
+        mean, rstd: [m*dv] fp32, both or neither (no whitening).
+
+    Returns:
+        codes [b, m]: uint8 for K <= 256, else int16. A row with NaN gets some code in range. Not differentiable.
+        Two codewords whose distances differ by less than the rounding of fp32 may be exchanged.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    _check(v, codebook, mean, rstd)
+    return _vq_assign(v.detach(), codebook.detach(), mean, rstd)
+
+
+def vq_assign_stats(
+    v: Tensor,  # [b, m*dv]
+    codebook: Tensor,  # [m, K, dv]
+    mean: Tensor | None = None,  # [m*dv]
+    rstd: Tensor | None = None,  # [m*dv]
+) -> tuple[Tensor, Tensor, Tensor]:  # [b, m], [m, K], [m, K, dv]
+    """`vq_assign` and the statistics of its clusters: (codes, counts, sums), all that `codebook_update` needs.
+
+    Arguments and errors are those of `vq_assign`; counts [m, K] and sums [m, K, dv] fp32 are `codebook_stats` of codes.
+    """
+    _check(v, codebook, mean, rstd)
+    return _vq_assign_stats(v.detach(), codebook.detach(), mean, rstd)
+
+
+def _check(v, codebook, mean, rstd):
+    if codebook.dim() != 3 or 0 in codebook.shape or codebook.dtype != torch.float32:
+        raise ValueError(
+            f"codebook must be [m, K, dv] torch.float32 and not empty, got {list(codebook.shape)} {codebook.dtype}"
+        )
+    m, K, dv = codebook.shape
+    code_dtype(K)
+    if v.dim() != 2 or v.shape[1] != m * dv:
+        raise ValueError(
+            f"v must be [b, m*dv] = [b, {m * dv}] for a codebook of shape {[m, K, dv]}, got {list(v.shape)}; "
+            "pad its columns or change dv"
+        )
+    check_rows(v, m * dv, mean, rstd, codebook.device)
+
+
+def _assign_implementation(v, codebook, mean, rstd):
+    return reference.vq_assign(v, codebook, mean, rstd)
+
+
+def _assign_fake(v, codebook, mean, rstd):
+    return v.new_empty((v.shape[0], codebook.shape[0]), dtype=code_dtype(codebook.shape[1]))
+
+
+def _stats_implementation(v, codebook, mean, rstd):
+    return reference.vq_assign_stats(v, codebook, mean, rstd)
+
+
+def _stats_fake(v, codebook, mean, rstd):
+    codes = _assign_fake(v, codebook, mean, rstd)
+    return codes, torch.empty_like(codebook[:, :, 0]), torch.empty_like(codebook)
+
+
+_vq_assign = register(
+    "vq_assign(Tensor v, Tensor codebook, Tensor? mean, Tensor? rstd) -> Tensor", _assign_implementation, _assign_fake
+)
+_vq_assign_stats = register(
+    "vq_assign_stats(Tensor v, Tensor codebook, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor, Tensor)",
+    _stats_implementation,
+    _stats_fake,
+)
