@@ -30,10 +30,10 @@ from epoch_worker import read_shared
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.csv"
 RUNS = ROOT / "runs" / "accuracy"
-COLUMNS = (
-    "dataset model method sampler codec seed epochs best_val test train_seconds_epoch peak_mb state_bytes dense_bytes "
-    "config"
-).split()
+COLUMNS = [
+    *("dataset", "model", "method", "sampler", "codec", "seed", "epochs", "best_val", "test"),
+    *("train_seconds_epoch", "peak_mb", "state_bytes", "dense_bytes", "config"),
+]
 CODEC = "pq:d=4,k=256"
 BATCHES = 10  # mini-batches of 10 % of the nodes
 
@@ -272,8 +272,8 @@ def render(rows: list[dict], wanted: list[Run]) -> str:
     def difference(values: list[float], full: list[float]) -> str:
         return f"{statistics.mean(values) - statistics.mean(full):+.2f}" if values and full else "-"
 
-    head = "| data set | model | full | vq, node | vq, cluster | drop, node | drop, cluster | MLP | vq - full: node, cluster "
-    lines = [head + "| seeds |", "| --- | --- |" + " --- |" * 8]
+    head = ["data set", "model", *(", ".join(filter(None, variant)) for variant in VARIANTS), "vq - full", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for dataset, model in dict.fromkeys((run.dataset, run.model) for run in wanted):
         cells = {variant: scores(dataset, None if variant[0] == "mlp" else model, *variant) for variant in VARIANTS}
         if not any(cells.values()):
