@@ -18,10 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import vqgnn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
+from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn.models import GCN
 from torch_geometric.utils import coalesce, is_undirected, remove_self_loops
+
+try:
+    import torch_sparse  # here, so that importing it counts as nobody's memory
+except ImportError:
+    torch_sparse = None
 
 LAYERS, HIDDEN, DROPOUT, LR = 3, 128, 0.5, 0.01
 BATCHES = 10  # ours: random batches of 10 % of the nodes
@@ -71,9 +78,7 @@ def adjacency(data: Data, form: str):
         return data.edge_index
     n = data.num_nodes
     if form == "sparse":
-        from torch_sparse import SparseTensor
-
-        return SparseTensor.from_edge_index(data.edge_index, sparse_sizes=(n, n)).t()
+        return torch_sparse.SparseTensor.from_edge_index(data.edge_index, sparse_sizes=(n, n)).t()
     row, col = data.edge_index
     rowptr = torch.zeros(n + 1, dtype=torch.int64)
     rowptr[1:] = torch.bincount(row, minlength=n).cumsum(0)
@@ -102,8 +107,6 @@ def full_batch(form: str) -> Callable[[Data], Callable[[], float]]:
 
 def neighbor(data: Data) -> Callable[[], float]:
     """PyG's NeighborLoader over the training nodes, sampled from a CSC in int64 as PyG keeps it."""
-    from torch_geometric.loader import NeighborLoader
-
     model = new_model(data)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     loader = NeighborLoader(data, FANOUT, input_nodes=data.train_mask, batch_size=SEEDS, shuffle=True)
@@ -124,8 +127,6 @@ def neighbor(data: Data) -> Callable[[], float]:
 
 def vq(data: Data) -> Callable[[], float]:
     """Ours as `vqgnn train` runs it: 10 % batches of random nodes, K = 256, d = 4, averaged weights."""
-    import vqgnn
-
     model = new_model(data)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
     vqgnn.convert(model, data, method="vq", codec="pq:d=4,k=256", seed=0)

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import report
-from epoch_worker import METHODS, adjacency, load_data, new_model, shared_data
-
 import vqgnn
+from conftest import device_name, report
+from epoch_worker import METHODS, adjacency, load_data, new_model, shared_data
 
 DATA = "ogbn-arxiv-ranks35"
 HAS_TORCH_SPARSE = importlib.util.find_spec("torch_sparse") is not None
@@ -39,7 +38,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def agreed(data):
-    """Ours and the peers compute the same function: one model's outputs for every node, before any speed is measured."""
+    """Before any speed is measured: one model's outputs for every node are the same by ours and by the peers."""
     model = new_model(data).eval()
     with torch.no_grad():
         outputs = {form: model(data.x, adjacency(data, form.removeprefix("full_"))) for form in FULL}
@@ -66,7 +65,7 @@ def test_epoch_against_neighbor_loader(versus, data, agreed):
 
 def test_peak_memory(request, agreed):
     """Target: at most a third of PyG's full batch. Each method runs two epochs in a process of its own."""
-    row = {"device": "cpu", "benchmark": request.node.name, "size": DATA}
+    row = {"device": device_name(), "benchmark": request.node.name, "size": DATA}
     for name in ["vq", *FULL]:
         row[f"{name}_peak_above_data_mb"] = run_worker(name, epochs=2)["peak_above_data_mb"]
     for name in FULL:
