@@ -1,6 +1,7 @@
 """Stateless ops on tensors for vector-quantised mini-batch GNN training."""
 
 from ._backend import backends, set_num_threads
+from ._library import register
 from .aggregate import CSR, Rows, aggregate
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
@@ -18,6 +19,7 @@ __all__ = [
     "csr_slice_values",
     "pull_rows",
     "push_rows",
+    "register",
     "set_num_threads",
     "vq_assign",
     "vq_assign_stats",

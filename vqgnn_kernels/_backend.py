@@ -76,7 +76,7 @@ def backends() -> dict[str, str]:
 def set_num_threads(count: int) -> None:
     """Number of OpenMP threads for work started by the calling thread, and by it alone.
 
-    Unlike torch.set_num_threads it leaves the other threads' numbers as they are. Without the extension it does nothing.
+    torch.set_num_threads would change the other threads' numbers too. Without the extension it does nothing.
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")

@@ -70,12 +70,15 @@ class Codebook(nn.Module):
         The first call takes its codewords from the batch by k-means. Without g the gradient codewords stay as they are.
         """
         v = self._pack(x, g)
-        self._smooth(v, g is not None)
+        first_grad = g is not None and not self.grad_seen
+        self._smooth(v, g is not None, first_grad)
         rstd = self._rstd()
         fair_share = v.size(0) / self.num_codes
         if not self.initialised:
             self._initialise(v, rstd)
         codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
+        if first_grad:
+            self._start_gradients(counts, sums)
         kernels.codebook_update(
             self.codewords,
             self.ema_counts,
@@ -138,7 +141,7 @@ class Codebook(nn.Module):
     def _gradient_means(self) -> Tensor:
         return self.mean.view(self.num_branches, self.width)[:, self.branch_dim :]
 
-    def _smooth(self, v: Tensor, has_grad: bool) -> None:
+    def _smooth(self, v: Tensor, has_grad: bool, first_grad: bool) -> None:
         """EMA of mean and variance; a channel's first batch sets them."""
         var, mean = torch.var_mean(v, 0, correction=0)
         beta = torch.full_like(mean, self.whiten_decay if self.initialised else 0.0)
@@ -146,7 +149,7 @@ class Codebook(nn.Module):
             gradients = beta.view(self.num_branches, self.width)[:, self.branch_dim :]
             if not has_grad:
                 gradients.fill_(1.0)
-            elif not self.grad_seen:
+            elif first_grad:
                 gradients.zero_()
                 self.grad_seen.fill_(True)
         self.mean.mul_(beta).add_((1 - beta) * mean)
@@ -179,6 +182,11 @@ class Codebook(nn.Module):
                 revive_below=0.5,
                 seed=self.seed - 1 - step,
             )
+
+    def _start_gradients(self, counts: Tensor, sums: Tensor) -> None:
+        """Gradient codewords start at the first batch's means, not at the zeros of the warm-up."""
+        start = sums[..., self.branch_dim :] / counts.clamp(min=1)[..., None]
+        self.ema_sums[..., self.branch_dim :] = start * self.ema_counts[..., None]
 
     def _measure(self, v: Tensor, counts: Tensor, sums: Tensor) -> None:
         """Squared error of the batch's rows against the new codewords, from their sums (no second pass over rows).

@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 
 from .graph import BatchGraph, Graph
 from .inference import call_model, evaluating, warmup
+from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
 from .store import Codec, NodeStore
 
@@ -66,10 +67,10 @@ def convert(
     default_codec, default_grad = METHODS[method]
     if default_codec is None and (codec is not None or grad):
         raise ValueError(f"codec={codec!r}, grad={grad!r}: method={method!r} keeps no state; leave them out")
-    if method != "vq" and codec is not None and Codec.parse(codec).name == "pq":
-        raise ValueError(f"codec={codec!r} belongs to method='vq', got method={method!r}; use fp32, fp16, int8 or int4")
-    if method == "vq" and codec is not None and Codec.parse(codec).name != "pq":
-        raise ValueError(f"codec={str(codec)!r} holds rows, but method='vq' keeps codes; use pq:d=D,k=K or method='lmc'")
+    codec = default_codec if codec is None else Codec.parse(codec)
+    if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
+        allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
+        raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
     grad = default_grad if grad is None else grad
     graph = Graph.of(data)
     convs = _swap(model)
@@ -83,11 +84,9 @@ def convert(
         if sees_features and input != "codes":
             use.input = "rows" if input == "rows" else "precompute"
         elif input == "precompute" and index == 0:
-            raise ValueError(
-                f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use 'auto' or put the encoder first"
-            )
-        elif default_codec is not None:
-            use.store = NodeStore(graph.num_nodes, dim, codec or default_codec, grad, seed=seed + index, **codebook)
+            raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
+        elif codec is not None:
+            use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed=seed + index, **codebook)
             use.store.to(graph.x.device)
         conv.store_use = use
         graph.wanted[use.convolution, use.input == "precompute"] = None
@@ -113,16 +112,15 @@ def _swap(model: nn.Module) -> dict[str, StoreConv]:
     convs = {name: m for name, m in model.named_modules() if isinstance(m, pyg.MessagePassing)}
     if not convs:
         raise ValueError(f"model {type(model).__name__} has no PyG convs to convert")
-    unknown = sorted({type(m).__name__ for m in convs.values() if not isinstance(m, StoreConv) and type(m) not in CONVS})
+    fresh = [m for m in convs.values() if not isinstance(m, StoreConv)]
+    unknown = sorted({type(m).__name__ for m in fresh if type(m) not in CONVS})
     if unknown:
         known = ", ".join(conv.__name__ for conv in CONVS)
         raise ValueError(f"model has convs that cannot be converted yet: {', '.join(unknown)}; supported are {known}")
-    for conv in convs.values():
-        if not isinstance(conv, StoreConv):
-            CONVS[type(conv)].convolution(conv)
-    for conv in convs.values():
-        if not isinstance(conv, StoreConv):
-            conv.__class__ = CONVS[type(conv)]
+    for conv in fresh:  # all or none: an option that cannot be served leaves the model as it was
+        CONVS[type(conv)].convolution(conv)
+    for conv in fresh:
+        conv.__class__ = CONVS[type(conv)]
     return convs
 
 
@@ -136,8 +134,6 @@ def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int
             raise ValueError(f"{type(conv).__name__} is called twice in one forward; give each call a conv of its own")
         calls[conv] = (source.size(1), source is batch.x)
         return conv.combine(x, torch.zeros_like(source))
-
-    from .loader import Batch
 
     x = graph.x[:_PROBE_NODES].clone()
     n_id = torch.arange(x.size(0))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.data import Data
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree
@@ -89,7 +89,7 @@ class Graph:
     Edges go from `edge_index[0]` to `edge_index[1]`, as in PyG; row i of C holds the messages *to* node i.
     """
 
-    _known: weakref.WeakKeyDictionary[Data, Graph] = weakref.WeakKeyDictionary()
+    _known = WeakIdKeyDictionary()  # Data -> Graph
 
     def __init__(self, data: Data):
         edge_index, num_nodes = data.edge_index, data.num_nodes

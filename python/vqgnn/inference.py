@@ -183,7 +183,7 @@ class _Sweep:
         return self.graph.propagate(use.convolution, self.graph.features, *self.range, batch.x.size(1))
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:
-        """Keep what the next conv is given for these nodes, and leave the model: it cannot go on before all are known."""
+        """Keep what the next conv is given for these nodes and leave the model, until all nodes are known."""
         start, stop = self.range
         self.target = conv
         if self.quantise:
@@ -216,4 +216,3 @@ class _Sweep:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # "inputs" of the last pass may still be mapped; it lives on until it is dropped
         return torch.from_file(str(path), shared=True, size=size[0] * size[1], dtype=self.dtype).view(size)
-

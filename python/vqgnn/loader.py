@@ -22,7 +22,7 @@ _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is giv
 
 
 class Batch:
-    """A mini-batch: `n_id` [b], `graph`, and every node-level tensor of the data (`x`, `y`, masks, ...) for its nodes."""
+    """A mini-batch: `n_id` [b], `graph`, and the node-level tensors of the data (`x`, `y`, masks, ...) of its nodes."""
 
     def __init__(self, graph: BatchGraph, tensors: dict[str, Tensor]):
         self.graph = graph

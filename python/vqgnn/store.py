@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,22 @@ from .codebook import Codebook
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
+
+# A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
+_STORES: weakref.WeakValueDictionary[int, NodeStore] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def _record(handle: int, n_id: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    _STORES[handle].push(n_id, x, g)
+    return g.clone()  # an op may not return its argument; using the result keeps the call from being dropped
+
+
+def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    return torch.empty_like(g)
+
+
+kernels.register("record(int handle, Tensor n_id, Tensor x, Tensor g) -> Tensor", _record, _record_fake)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Codec:
         return f"pq:d={self.branch_dim},k={self.num_codes}" if self.name == "pq" else self.name
 
     def bytes_per_node(self, dim: int, grad: bool) -> int:
-        """Bytes of state a node and layer of `dim` channels, its age left out; codes hold state and gradient at once."""
+        """Bytes a node and layer of `dim` channels, without its age; codes hold state and gradient at once."""
         if self.name == "pq":
             return -(-dim // self.branch_dim) * (1 if self.num_codes <= 256 else 2)
         size = {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 4, "int4": (dim + 1) // 2 + 4}[self.name]
@@ -78,7 +96,9 @@ class NodeStore(nn.Module):
         options: further arguments of `Codebook`.
     """
 
-    def __init__(self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options):
+    def __init__(
+        self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options
+    ):
         super().__init__()
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
         data, scale = self.codec.table(num_nodes, dim)
@@ -95,6 +115,8 @@ class NodeStore(nn.Module):
         self.register_buffer("grad_scale", grad_scale)
         self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.handle = next(_HANDLES)
+        _STORES[self.handle] = self
 
     def extra_repr(self) -> str:
         return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}"

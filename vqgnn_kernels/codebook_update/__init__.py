@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .._backend import use_cpp
 from .._library import register
-from . import reference
+from . import cpp, reference
 
 
 def codebook_stats(
@@ -147,7 +148,8 @@ def check_rows(v: Tensor, width: int, mean: Tensor | None, rstd: Tensor | None, 
 
 
 def _stats_implementation(v, codes, num_codes, mean, rstd):
-    return reference.codebook_stats(v, codes, num_codes, mean, rstd)
+    backend = cpp if use_cpp(v, codes, mean, rstd) else reference
+    return backend.codebook_stats(v, codes, num_codes, mean, rstd)
 
 
 def _stats_fake(v, codes, num_codes, mean, rstd):
@@ -157,7 +159,8 @@ def _stats_fake(v, codes, num_codes, mean, rstd):
 
 
 def _update_implementation(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed):
-    return reference.codebook_update(
+    backend = cpp if use_cpp(codebook, v) else reference
+    return backend.codebook_update(
         codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed
     )
 

@@ -28,14 +28,15 @@ def codebook_stats(
     rstd: Tensor | None = None,  # [m*dv]
 ) -> tuple[Tensor, Tensor]:  # [m, K], [m, K, dv]
     (b, m), K = codes.shape, num_codes
-    rows = whiten(v, mean, rstd).reshape(b * m, -1)
+    dv = v.shape[1] // m
+    rows = whiten(v, mean, rstd).reshape(b * m, dv)
+    codes = codes.long()  # first: uint8 wraps K = 256 to 0 in comparisons
     if b and (codes.min() < 0 or codes.max() >= K):
         raise ValueError(f"codes must be in 0..{K - 1}, got {int(codes.min())}..{int(codes.max())}")
-    slot = (codes.long() + K * torch.arange(m, device=codes.device)).reshape(-1)
+    slot = (codes + K * torch.arange(m, device=codes.device)).view(-1)
     counts = torch.bincount(slot, minlength=m * K).float()
-    sums = torch.zeros(m * K, v.shape[1] // m, dtype=torch.float64, device=v.device)
-    sums.index_add_(0, slot, rows.double())
-    return counts.view(m, K), sums.float().view(m, K, -1)
+    sums = torch.zeros(m * K, dv, dtype=torch.float64, device=v.device).index_add_(0, slot, rows.double())
+    return counts.view(m, K), sums.float().view(m, K, dv)
 
 
 def codebook_update(

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .._backend import use_cpp
 from .._library import register
 from ..codebook_update import check_rows, code_dtype
-from . import reference
+from . import cpp, reference
 
 
 def vq_assign(
@@ -64,7 +65,8 @@ def _check(v, codebook, mean, rstd):
 
 
 def _assign_implementation(v, codebook, mean, rstd):
-    return reference.vq_assign(v, codebook, mean, rstd)
+    backend = cpp if use_cpp(v, codebook, mean, rstd) else reference
+    return backend.vq_assign(v, codebook, mean, rstd)
 
 
 def _assign_fake(v, codebook, mean, rstd):
@@ -72,7 +74,8 @@ def _assign_fake(v, codebook, mean, rstd):
 
 
 def _stats_implementation(v, codebook, mean, rstd):
-    return reference.vq_assign_stats(v, codebook, mean, rstd)
+    backend = cpp if use_cpp(v, codebook, mean, rstd) else reference
+    return backend.vq_assign_stats(v, codebook, mean, rstd)
 
 
 def _stats_fake(v, codebook, mean, rstd):

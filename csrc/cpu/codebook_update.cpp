@@ -1,0 +1,140 @@
+// Cluster sizes and sums of a batch, and the EMA step of all codebooks of a layer.
+//
+// Work is shared out by branches and a branch adds its rows in order, so results do not depend on the thread count.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace vqgnn {
+namespace VQGNN_ISA {
+namespace {
+
+constexpr int64_t kBranches = 4;  // branches a task: 128 contiguous bytes a row at dv = 8
+constexpr int64_t kBlock = 256;   // rows that stay in cache while the branches of a task pass over them
+
+struct Rows {
+  const float* v;
+  int64_t b, row_stride, m, K, dv;
+  const float *mean, *rstd;
+};
+
+float whitened(const Rows& p, int64_t column, float value) {
+  return p.mean == nullptr ? value : (value - p.mean[column]) * p.rstd[column];
+}
+
+// Adds rows begin to end of branch j; returns the first code outside 0..K-1, or -1.
+template <int DV, bool kWhiten, typename Code>
+int64_t add_rows(const Rows& p, int64_t begin, int64_t end, int64_t j, const Code* codes, int64_t* counts, double* sums) {
+  const int64_t dv = DV ? DV : p.dv;
+  const float* mean = p.mean + (kWhiten ? j * dv : 0);
+  const float* rstd = p.rstd + (kWhiten ? j * dv : 0);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t code = codes[i * p.m + j];
+    if (code >= p.K) return code;
+    const float* row = p.v + i * p.row_stride + j * dv;
+    double* sum = sums + code * dv;
+    counts[code] += 1;
+    for (int64_t d = 0; d < dv; ++d) sum[d] += kWhiten ? (row[d] - mean[d]) * rstd[d] : row[d];
+  }
+  return -1;
+}
+
+template <int DV, typename Code>
+int64_t stats(const Rows& p, const Code* codes, float* counts, float* sums) {
+  int64_t bad = -1;
+#pragma omp parallel
+  {
+    std::vector<int64_t> count(kBranches * p.K);
+    std::vector<double> sum(kBranches * p.K * p.dv);
+#pragma omp for schedule(dynamic) reduction(max : bad)
+    for (int64_t first = 0; first < p.m; first += kBranches) {
+      const int64_t last = std::min(p.m, first + kBranches);
+      std::fill(count.begin(), count.end(), 0);
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (int64_t begin = 0; begin < p.b; begin += kBlock) {
+        const int64_t end = std::min(p.b, begin + kBlock);
+        for (int64_t j = first; j < last; ++j) {
+          int64_t* c = count.data() + (j - first) * p.K;
+          double* s = sum.data() + (j - first) * p.K * p.dv;
+          bad = std::max(bad, p.mean == nullptr ? add_rows<DV, false>(p, begin, end, j, codes, c, s)
+                                                : add_rows<DV, true>(p, begin, end, j, codes, c, s));
+        }
+      }
+      std::copy_n(count.begin(), (last - first) * p.K, counts + first * p.K);
+      std::copy_n(sum.begin(), (last - first) * p.K * p.dv, sums + first * p.K * p.dv);
+    }
+  }
+  return bad;
+}
+
+template <typename Code>
+int64_t stats_any(const Rows& p, const Code* codes, float* counts, float* sums) {
+  switch (p.dv) {
+    case 2: return stats<2>(p, codes, counts, sums);
+    case 4: return stats<4>(p, codes, counts, sums);
+    case 8: return stats<8>(p, codes, counts, sums);
+    case 16: return stats<16>(p, codes, counts, sums);
+    default: return stats<0>(p, codes, counts, sums);
+  }
+}
+
+// Output number `index` of SplitMix64 seeded with `seed` (codebook_update's docstring).
+uint64_t splitmix64(uint64_t seed, uint64_t index) {
+  uint64_t z = seed + (index + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+}  // namespace
+
+// Returns a code outside 0..K-1 when there is one (counts and sums are then of no use), else -1.
+// Negative int16 codes count as 2^16 more.
+int64_t codebook_stats(const float* v, int64_t b, int64_t row_stride, const void* codes, int64_t m, int64_t K,
+                       int64_t dv, const float* mean, const float* rstd, float* counts, float* sums) {
+  const Rows rows{v, b, row_stride, m, K, dv, mean, rstd};
+  return K <= 256 ? stats_any(rows, static_cast<const uint8_t*>(codes), counts, sums)
+                  : stats_any(rows, static_cast<const uint16_t*>(codes), counts, sums);
+}
+
+void codebook_update(float* codebook, float* ema_counts, float* ema_sums, const float* counts, const float* sums,
+                     int64_t m, int64_t K, int64_t dv, double decay, double eps, const float* v, int64_t b,
+                     int64_t row_stride, const float* mean, const float* rstd, double revive_below, uint64_t seed,
+                     int64_t* revived) {
+  const Rows rows{v, b, row_stride, m, K, dv, mean, rstd};
+  const float keep = static_cast<float>(decay), take = static_cast<float>(1 - decay);
+  const float smallest = static_cast<float>(b > 0 ? revive_below : 0);
+#pragma omp parallel for schedule(static)
+  for (int64_t j = 0; j < m; ++j) {
+    double total = 0;
+    for (int64_t k = j * K; k < (j + 1) * K; ++k) {
+      ema_counts[k] = keep * ema_counts[k] + take * counts[k];
+      total += ema_counts[k];
+    }
+    const float scale = static_cast<float>(total / (total + static_cast<double>(K) * eps));
+    revived[j] = 0;
+    for (int64_t k = j * K; k < (j + 1) * K; ++k) {
+      float* codeword = codebook + k * dv;
+      float* sum = ema_sums + k * dv;
+      const bool seen = ema_counts[k] > 0;
+      const float smoothed = (ema_counts[k] + static_cast<float>(eps)) * scale;
+      for (int64_t d = 0; d < dv; ++d) {
+        sum[d] = keep * sum[d] + take * sums[k * dv + d];
+        if (seen) codeword[d] = sum[d] / smoothed;
+      }
+      if (!(ema_counts[k] < smallest)) continue;
+      const int64_t row = static_cast<int64_t>(splitmix64(seed, static_cast<uint64_t>(k)) % static_cast<uint64_t>(b));
+      for (int64_t d = 0; d < dv; ++d) {
+        codeword[d] = whitened(rows, j * dv + d, v[row * row_stride + j * dv + d]);
+        sum[d] = codeword[d] * smallest;
+      }
+      ema_counts[k] = smallest;
+      revived[j] += 1;
+    }
+  }
+}
+
+}  // namespace VQGNN_ISA
+}  // namespace vqgnn

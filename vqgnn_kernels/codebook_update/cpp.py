@@ -1,0 +1,73 @@
+"""Calls of the C++ kernels: allocates outputs, hands over addresses."""
+
+import torch
+from torch import Tensor
+
+from .._backend import _C
+
+
+def float_rows(v: Tensor) -> Tensor:
+    """v in fp32 with contiguous columns and rows that do not overlap, copied only where it is not so already."""
+    v = v.float()
+    return v if v.stride(1) == 1 and v.stride(0) >= v.shape[1] else v.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def codebook_stats(
+    v: Tensor, codes: Tensor, num_codes: int, mean: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    v, (codes, mean, rstd) = float_rows(v), contiguous(codes, mean, rstd)
+    (b, m), K = codes.shape, num_codes
+    dv = v.shape[1] // m
+    counts = torch.empty(m, K)
+    sums = torch.empty(m, K, dv)
+    _C.codebook_stats(
+        address(v),
+        b,
+        v.stride(0),
+        address(codes),
+        m,
+        K,
+        dv,
+        address(mean),
+        address(rstd),
+        address(counts),
+        address(sums),
+    )
+    return counts, sums
+
+
+def codebook_update(
+    codebook: Tensor,
+    ema_counts: Tensor,
+    ema_sums: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    eps: float,
+    v: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    revive_below: float,
+    seed: int,
+) -> Tensor:
+    m, K, dv = codebook.shape
+    if v is None or revive_below == 0:
+        v = mean = rstd = None
+    else:
+        v = float_rows(v)
+    counts, sums, mean, rstd = contiguous(counts, sums, mean, rstd)
+    revived = torch.empty(m, dtype=torch.int64)
+    b, row_stride = (0, 0) if v is None else (v.shape[0], v.stride(0))
+    _C.codebook_update(
+        *(address(t) for t in (codebook, ema_counts, ema_sums, counts, sums)), m, K, dv, decay, eps,
+        address(v), b, row_stride, address(mean), address(rstd), revive_below, seed % (1 << 64), address(revived),
+    )  # fmt: skip
+    return revived
