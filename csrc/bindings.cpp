@@ -7,8 +7,10 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/table.h"
 
 namespace py = pybind11;
 
@@ -120,6 +122,133 @@ void codebook_update(uintptr_t codebook, uintptr_t ema_counts, uintptr_t ema_sum
 
 }  // namespace
 
+// ---- aggregate, csr_slice, store_io ---------------------------------------------------------------------------------
+// Addresses are integers, 0 for "not there". The kernels return false (csr_slice: -1) for a bad index; the caller then
+// finds out which one it was.
+
+VQGNN_DECLARE(bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows,
+                             const int32_t* col, int64_t num_edges, const float* weight, const int64_t* halo,
+                             int64_t num_halo, const Table& table, float* out))
+VQGNN_DECLARE(bool csr_slice_rowptr(const int64_t* rowptr, int64_t n, int64_t num_edges, const int64_t* nodes,
+                                    int64_t b, int64_t* rowptr_b))
+VQGNN_DECLARE(int64_t csr_slice(const int64_t* rowptr, const int32_t* col, int64_t n, const int64_t* nodes, int64_t b,
+                                int32_t* col_b, int64_t* halo))
+VQGNN_DECLARE(bool csr_slice_values(const int64_t* rowptr, int64_t n, int64_t num_edges, const int64_t* nodes,
+                                    int64_t b, const int64_t* rowptr_b, int64_t num_edges_b, const float* values, float* out))
+VQGNN_DECLARE(bool push_rows(const Table& table, const int64_t* n_id, int64_t k, const void* x, int64_t f))
+VQGNN_DECLARE(bool pull_rows(const Table& table, const int64_t* n_id, int64_t k, int64_t f, float* out))
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("vqgnn_kernels._C: ") + what);
+}
+
+// (codec, data, N, row_bytes, scale, codebook, m, K, d), or None for no table.
+vqgnn::Table as_table(const py::object& object, int64_t f) {
+  vqgnn::Table table{vqgnn::Codec::none, nullptr, 0, 0, nullptr, nullptr, 0, 0, 0};
+  if (object.is_none()) return table;
+  const auto fields = object.cast<std::tuple<std::string, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t,
+                                             int64_t, int64_t>>();
+  uintptr_t data, scale, codebook;
+  std::string codec;
+  std::tie(codec, data, table.num_rows, table.row_bytes, scale, codebook, table.m, table.K, table.d) = fields;
+  table.data = reinterpret_cast<const void*>(data);
+  table.scale = reinterpret_cast<const uint16_t*>(scale);
+  table.codebook = reinterpret_cast<const float*>(codebook);
+  require(table.num_rows >= 0 && (data || table.num_rows == 0 || table.row_bytes == 0), "a table has no data");
+  if (codec == "pq") {
+    const int64_t code_bytes = table.m > 0 ? table.row_bytes / table.m : 1;
+    require(table.m >= 0 && (code_bytes == 1 || code_bytes == 2) && table.row_bytes == table.m * code_bytes,
+            "codes must be 1 or 2 bytes");
+    table.codec = code_bytes == 1 ? vqgnn::Codec::pq8 : vqgnn::Codec::pq16;
+    if (codebook) {
+      require(table.K >= 1 && table.K <= (code_bytes == 1 ? 256 : 32768), "K is out of range for the codes' type");
+      require(table.d >= 1 && table.m * table.d >= f, "m * d must cover f columns");
+    }
+    return table;
+  }
+  table.codec = codec == "fp32"   ? vqgnn::Codec::fp32
+                : codec == "fp16" ? vqgnn::Codec::fp16
+                : codec == "int8" ? vqgnn::Codec::int8
+                : codec == "int4" ? vqgnn::Codec::int4
+                                  : vqgnn::Codec::none;
+  require(table.codec != vqgnn::Codec::none, "unknown codec");
+  const int64_t row_bytes = codec == "fp32" ? 4 * f : codec == "fp16" ? 2 * f : codec == "int8" ? f : (f + 1) / 2;
+  require(table.row_bytes == row_bytes, "the table's rows do not have f columns");
+  require(codec[0] != 'i' || scale || table.num_rows == 0, "int8 and int4 need scales");
+  return table;
+}
+
+bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_rows, uintptr_t col, int64_t num_edges,
+               uintptr_t weight, uintptr_t halo, int64_t num_halo, const py::object& table_object, uintptr_t out) {
+  const vqgnn::Table table = as_table(table_object, f);
+  require(b >= 0 && f >= 0 && num_rows >= 0 && num_edges >= 0 && num_halo >= 0, "a size is negative");
+  require(rowptr && (x || b * f == 0) && (col || num_edges == 0) && (out || num_rows * f == 0), "an address is null");
+  require(table.codec < vqgnn::Codec::pq8 || table.codebook || table.num_rows == 0, "codes need a codebook");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(aggregate, reinterpret_cast<const float*>(x), b, f, reinterpret_cast<const int64_t*>(rowptr),
+                        num_rows, reinterpret_cast<const int32_t*>(col), num_edges,
+                        reinterpret_cast<const float*>(weight), reinterpret_cast<const int64_t*>(halo), num_halo, table,
+                        reinterpret_cast<float*>(out));
+}
+
+bool csr_slice_rowptr(uintptr_t rowptr, int64_t n, int64_t num_edges, uintptr_t nodes, int64_t b, uintptr_t rowptr_b) {
+  require(n >= 0 && num_edges >= 0 && b >= 0, "a size is negative");
+  require(rowptr && (nodes || b == 0) && rowptr_b, "an address is null");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(csr_slice_rowptr, reinterpret_cast<const int64_t*>(rowptr), n, num_edges,
+                        reinterpret_cast<const int64_t*>(nodes), b, reinterpret_cast<int64_t*>(rowptr_b));
+}
+
+int64_t csr_slice(uintptr_t rowptr, uintptr_t col, int64_t n, uintptr_t nodes, int64_t b, uintptr_t col_b,
+                  uintptr_t halo) {
+  require(n >= 0 && n < INT32_MAX && b >= 0, "a size is out of range");
+  require(rowptr && (nodes || b == 0), "an address is null");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(csr_slice, reinterpret_cast<const int64_t*>(rowptr), reinterpret_cast<const int32_t*>(col), n,
+                        reinterpret_cast<const int64_t*>(nodes), b, reinterpret_cast<int32_t*>(col_b),
+                        reinterpret_cast<int64_t*>(halo));
+}
+
+bool csr_slice_values(uintptr_t rowptr, int64_t n, int64_t num_edges, uintptr_t nodes, int64_t b, uintptr_t rowptr_b,
+                      int64_t num_edges_b, uintptr_t values, uintptr_t out) {
+  require(n >= 0 && num_edges >= 0 && b >= 0, "a size is negative");
+  require(rowptr && (nodes || b == 0) && rowptr_b && (values || num_edges == 0) && (out || num_edges_b == 0),
+          "an address is null");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(csr_slice_values, reinterpret_cast<const int64_t*>(rowptr), n, num_edges,
+                        reinterpret_cast<const int64_t*>(nodes), b, reinterpret_cast<const int64_t*>(rowptr_b), num_edges_b,
+                        reinterpret_cast<const float*>(values), reinterpret_cast<float*>(out));
+}
+
+bool push_rows(const py::object& table_object, uintptr_t n_id, int64_t k, uintptr_t x, int64_t f) {
+  const vqgnn::Table table = as_table(table_object, f);
+  require(k >= 0 && f >= 0 && (n_id || k == 0) && (x || k == 0 || table.row_bytes == 0), "an address is null");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(push_rows, table, reinterpret_cast<const int64_t*>(n_id), k, reinterpret_cast<const void*>(x),
+                        f);
+}
+
+bool pull_rows(const py::object& table_object, uintptr_t n_id, int64_t k, int64_t f, uintptr_t out) {
+  const vqgnn::Table table = as_table(table_object, f);
+  require(k >= 0 && f >= 0 && (out || k * f == 0), "an address is null");
+  require(table.codec < vqgnn::Codec::pq8 || table.codebook || k * f == 0, "codes need a codebook");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(pull_rows, table, reinterpret_cast<const int64_t*>(n_id), k, f, reinterpret_cast<float*>(out));
+}
+
+void bind_graph_ops(py::module_& m) {
+  m.def("aggregate", &aggregate);
+  m.def("csr_slice_rowptr", &csr_slice_rowptr);
+  m.def("csr_slice", &csr_slice);
+  m.def("csr_slice_values", &csr_slice_values);
+  m.def("push_rows", &push_rows);
+  m.def("pull_rows", &pull_rows);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vqgnn_kernels over raw pointers; import torch first";
   m.def("isa", &vqgnn::isa_name, "Instruction set in use: base, avx2 or avx512");
@@ -129,4 +258,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("vq_assign", &vq_assign);
   m.def("codebook_stats", &codebook_stats);
   m.def("codebook_update", &codebook_update);
+  bind_graph_ops(m);
 }

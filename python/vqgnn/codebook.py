@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import vqgnn_kernels as kernels
 
 _LLOYD_STEPS = 5  # k-means steps on the first batch
+_SEEDS_A_CODE = 4  # rows of it that k-means++ chooses from, a code
 _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
 
 
@@ -160,13 +161,21 @@ class Codebook(nn.Module):
         return torch.where(self.var > 1e-30, self.var.rsqrt(), torch.zeros_like(self.var))
 
     def _initialise(self, v: Tensor, rstd: Tensor) -> None:
-        """Rows drawn from the batch as first codewords, then a few k-means steps."""
+        """k-means++ on rows drawn from the batch, then a few k-means steps on all of it."""
         generator = torch.Generator().manual_seed(self.seed)
-        b, m, k = v.size(0), self.num_branches, self.num_codes
-        # drawn anew when the batch has fewer rows than there are codes
-        draws = torch.stack([torch.randperm(max(b, k), generator=generator)[:k] % b for _ in range(m)])
-        white = ((v - self.mean) * rstd).view(b, m, self.width)
-        self.codewords.copy_(white[draws, torch.arange(m)[:, None]])
+        sample = torch.randperm(v.size(0), generator=generator)[: max(_SEEDS_A_CODE * self.num_codes, 1024)]
+        rows = ((v[sample] - self.mean) * rstd).view(len(sample), self.num_branches, self.width)
+        branch = torch.arange(self.num_branches)
+        nearest = rows.new_full(rows.shape[:2], torch.inf)  # [rows, m] squared distance to the chosen codewords
+        chosen = torch.randint(len(sample), (self.num_branches,), generator=generator)
+        for k in range(self.num_codes):
+            codeword = rows[chosen, branch]
+            self.codewords[:, k] = codeword
+            nearest = torch.minimum(nearest, (rows - codeword).square().sum(2))
+            # Drawn in proportion to the distance: a row that is a codeword already is drawn again only when all are.
+            threshold = torch.rand(self.num_branches, generator=generator, dtype=torch.float64)
+            cumulative = nearest.double().cumsum(0)
+            chosen = (cumulative < threshold * cumulative[-1]).sum(0).clamp(max=len(sample) - 1)
         for step in range(_LLOYD_STEPS):
             _, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
             kernels.codebook_update(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,12 +96,11 @@ def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], T
         if store is None:
             return
         n = rows.size(0)
-        size = math.ceil(n / 10)
         generator = torch.Generator().manual_seed(0)
-        for n_id in torch.randperm(n, generator=generator).split(size):
+        for n_id in torch.randperm(n, generator=generator).split(_BATCH):
             store.push(n_id, rows[n_id])
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
-            for n_id in torch.arange(n).split(size):
+            for n_id in torch.arange(n).split(_BATCH):
                 kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id]))
 
     with evaluating(model):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .._backend import use_cpp
 from .._library import register
 from .._types import FLOATS, Rows, check_rows, check_tensor
-from . import reference
+from . import cpp, reference
 
 
 def push_rows(rows: Rows, n_id: Tensor, x: Tensor) -> None:
@@ -59,11 +60,17 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor:
 
 
 def _push_impl(codec, data, scale, n_id, x):
+    if use_cpp(data) and cpp.push_rows(Rows(codec, data, scale), n_id, x):
+        return
     _check_range(n_id, data.shape[0])
     reference.push_rows(Rows(codec, data, scale), n_id, x)
 
 
 def _pull_impl(codec, data, scale, codebook, n_id, f):
+    if use_cpp(data):
+        out = cpp.pull_rows(Rows(codec, data, scale, codebook), n_id, f)
+        if out is not None:
+            return out
     if n_id is not None:
         _check_range(n_id, data.shape[0])
     return reference.pull_rows(Rows(codec, data, scale, codebook), n_id, f)

@@ -1,0 +1,259 @@
+// out[i] = sum over the edges of row i of weight * (a row of x, or a row of the table decoded in registers).
+//
+// A thread takes a chunk of rows. It resolves the chunk's edges once into two lists (rows of x, rows of the table) of
+// addresses and weights, and then goes over the lists once for every slice of columns, whose sums stay in registers and
+// whose codewords stay in the L1 cache. One thread sums a row, in edge order, so the result does not depend on the
+// number of threads.
+#include "cpu/table.h"
+
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+
+namespace vqgnn {
+namespace VQGNN_ISA {
+namespace {
+
+constexpr int kChunkRows = 64;    // rows a thread takes at a time
+constexpr int kPieceEdges = 1024; // edges resolved at a time; a longer row is summed in several pieces
+constexpr int kAhead = 16;        // edges between a prefetch and its use
+
+// The resolved edges of up to kChunkRows consecutive rows; row i's are end[i - 1] .. end[i] - 1.
+struct List {
+  int count = 0;
+  int end[kChunkRows];
+  const char* row[kPieceEdges + kAhead];  // the tail repeats the last row, so that prefetching needs no bound
+  float weight[kPieceEdges];
+  Affine affine[kPieceEdges];
+};
+
+struct Output {
+  float* first;  // the first row's first column
+  int64_t f;
+  int num_rows;
+};
+
+template <typename Read, int nv>
+void add_vectors(const List& list, const Output& out, int64_t c) {
+  int k = 0;
+  for (int i = 0; i < out.num_rows; ++i) {
+    const int end = list.end[i];
+    if (k == end) continue;
+    float* sums = out.first + i * out.f + c;
+    Floats acc[nv];
+    for (int v = 0; v < nv; ++v) acc[v] = load<Floats>(sums + v * kLanes);
+    for (; k < end; ++k) {
+      const char* ahead = list.row[k + kAhead] + Read::byte(c);
+      for (int64_t byte = 0; byte < Read::byte(nv * kLanes); byte += 64) __builtin_prefetch(ahead + byte);
+      const char* row = list.row[k];
+      const float weight = list.weight[k];
+      const Affine affine = list.affine[k];
+      for (int v = 0; v < nv; ++v) acc[v] += weight * Read::vector(row, c + v * kLanes, affine);
+    }
+    for (int v = 0; v < nv; ++v) store(sums + v * kLanes, acc[v]);
+  }
+}
+
+template <typename Read>
+void add_rows(const List& list, const Output& out) {
+  if (list.count == 0) return;
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= out.f; c += 8 * kLanes) add_vectors<Read, 8>(list, out, c);
+  for (; c + 2 * kLanes <= out.f; c += 2 * kLanes) add_vectors<Read, 2>(list, out, c);
+  for (; c + kLanes <= out.f; c += kLanes) add_vectors<Read, 1>(list, out, c);
+  if (c == out.f) return;
+  int k = 0;
+  for (int i = 0; i < out.num_rows; ++i) {
+    float* sums = out.first + i * out.f;
+    for (; k < list.end[i]; ++k) {
+      for (int64_t t = c; t < out.f; ++t) sums[t] += list.weight[k] * Read::scalar(list.row[k], t, list.affine[k]);
+    }
+  }
+}
+
+// nb branches of d dimensions from branch j on. The codes become byte offsets into these branches' codewords.
+template <typename Code, int d, int nb>
+void add_branches(const List& list, const Output& out, const Table& table, int64_t j) {
+  using Codeword = Vec<float, d>;
+  using Index = Vec<uint32_t, nb>;
+  const char* codewords = (const char*)(table.codebook + j * table.K * d);
+  const uint32_t last = uint32_t(table.K - 1);
+  Index branch;
+  for (int v = 0; v < nb; ++v) branch[v] = uint32_t(v * table.K);
+  int k = 0;
+  for (int i = 0; i < out.num_rows; ++i) {
+    const int end = list.end[i];
+    if (k == end) continue;
+    float* sums = out.first + i * out.f + j * d;
+    Codeword acc[nb];
+    for (int v = 0; v < nb; ++v) acc[v] = load<Codeword>(sums + v * d);
+    for (; k < end; ++k) {
+      if (j == 0) {
+        for (int64_t byte = 0; byte < table.row_bytes; byte += 64) __builtin_prefetch(list.row[k + kAhead] + byte);
+      }
+      const float weight = list.weight[k];
+      Index index = __builtin_convertvector(load<Vec<Code, nb>>(list.row[k] + j * sizeof(Code)), Index);
+      index = ((index < last ? index : last) + branch) * uint32_t(d * sizeof(float));
+      uint32_t offset[nb];
+      store(offset, index);
+      for (int v = 0; v < nb; ++v) acc[v] += weight * load<Codeword>(codewords + offset[v]);
+    }
+    for (int v = 0; v < nb; ++v) store(sums + v * d, acc[v]);
+  }
+}
+
+template <typename Code, int d>
+int64_t add_whole_branches(const List& list, const Output& out, const Table& table) {
+  const int64_t m = std::min(table.m, out.f / d);
+  int64_t j = 0;
+  for (; j + 8 <= m; j += 8) add_branches<Code, d, 8>(list, out, table, j);
+  for (; j + 2 <= m; j += 2) add_branches<Code, d, 2>(list, out, table, j);
+  for (; j < m; ++j) add_branches<Code, d, 1>(list, out, table, j);
+  return m;
+}
+
+template <typename Code>
+void add_codes(const List& list, const Output& out, const Table& table) {
+  if (list.count == 0) return;
+  const int64_t d = table.d, last = table.K - 1;
+  int64_t done = 0;
+  if (d == 4) done = add_whole_branches<Code, 4>(list, out, table);
+  if (d == 8) done = add_whole_branches<Code, 8>(list, out, table);
+  if (d == 16) done = add_whole_branches<Code, 16>(list, out, table);
+  for (int64_t j = done; j < table.m && j * d < out.f; ++j) {  // other d, and a branch that f cuts short
+    const float* codewords = table.codebook + j * table.K * d;
+    const int64_t width = std::min(d, out.f - j * d);
+    int k = 0;
+    for (int i = 0; i < out.num_rows; ++i) {
+      float* sums = out.first + i * out.f + j * d;
+      for (; k < list.end[i]; ++k) {
+        const int64_t code = load<Code>(list.row[k] + j * sizeof(Code));
+        const float* codeword = codewords + std::min(code, last) * d;
+        for (int64_t t = 0; t < width; ++t) sums[t] += list.weight[k] * codeword[t];
+      }
+    }
+  }
+}
+
+void add_table(const List& list, const Output& out, const Table& table) {
+  switch (table.codec) {
+    case Codec::none: return;
+    case Codec::fp32: return add_rows<ReadFloat>(list, out);
+    case Codec::fp16: return add_rows<ReadHalf>(list, out);
+    case Codec::int8: return add_rows<ReadByte>(list, out);
+    case Codec::int4: return add_rows<ReadNibble>(list, out);
+    case Codec::pq8: return add_codes<uint8_t>(list, out, table);
+    case Codec::pq16: return add_codes<uint16_t>(list, out, table);
+  }
+}
+
+struct Problem {
+  const float* x;
+  int64_t b, f;
+  const int64_t* rowptr;
+  const int32_t* col;
+  int64_t num_edges;
+  const float* weight;
+  const int64_t* halo;
+  int64_t num_halo;
+  Table table;
+};
+
+void finish_list(List& list) {
+  const char* last = list.count > 0 ? list.row[list.count - 1] : nullptr;
+  for (int k = 0; k < kAhead; ++k) list.row[list.count + k] = last;
+}
+
+// Sorts edges e0 .. e1 - 1 of the rows into the two lists; false when an entry is out of range.
+bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e1, List& own, List& stored) {
+  const int64_t x_bytes = p.f * int64_t(sizeof(float));
+  const bool drop = p.table.codec == Codec::none;
+  const bool affine = p.table.scale != nullptr;
+  bool good = true;
+  own.count = stored.count = 0;
+  int64_t e = e0;
+  for (int i = 0; i < num_rows; ++i) {
+    const int64_t end = std::min(p.rowptr[row0 + i + 1], e1);
+    for (; e < end; ++e) {
+      const int64_t c = p.col[e];
+      const float weight = p.weight ? p.weight[e] : 1.0f;
+      if (c < p.b) {
+        if (c < 0) {
+          good = false;
+          continue;
+        }
+        own.row[own.count] = (const char*)p.x + c * x_bytes;
+        own.weight[own.count++] = weight;
+        continue;
+      }
+      if (drop) continue;
+      int64_t row = c - p.b;
+      if (p.halo) row = row < p.num_halo ? p.halo[row] : -1;
+      if (uint64_t(row) >= uint64_t(p.table.num_rows)) {
+        good = false;
+        continue;
+      }
+      stored.row[stored.count] = (const char*)p.table.data + row * p.table.row_bytes;
+      if (affine) {
+        stored.affine[stored.count] = {bf16_to_float(p.table.scale[2 * row]), bf16_to_float(p.table.scale[2 * row + 1])};
+      }
+      stored.weight[stored.count++] = weight;
+    }
+    own.end[i] = own.count;
+    stored.end[i] = stored.count;
+  }
+  finish_list(own);
+  finish_list(stored);
+  return good;
+}
+
+bool rowptr_is_valid(const Problem& p, int64_t row0, int64_t row1) {
+  bool good = p.rowptr[row0] >= 0;
+  for (int64_t i = row0; i < row1; ++i) good &= p.rowptr[i] <= p.rowptr[i + 1];
+  return good && p.rowptr[row1] <= p.num_edges;
+}
+
+bool add_chunk(const Problem& p, int64_t row0, int64_t row1, float* out, List& own, List& stored) {
+  std::fill(out + row0 * p.f, out + row1 * p.f, 0.0f);
+  if (!rowptr_is_valid(p, row0, row1)) return false;
+  bool good = true;
+  int64_t first = row0;
+  int64_t e = p.rowptr[row0];
+  while (e < p.rowptr[row1]) {  // one piece: from edge e of row `first` on
+    const int64_t e1 = std::min(e + kPieceEdges, p.rowptr[row1]);
+    int64_t last = first;
+    while (p.rowptr[last + 1] < e1) ++last;
+    const int num_rows = int(last - first + 1);
+    good &= resolve(p, first, num_rows, e, e1, own, stored);
+    const Output piece{out + first * p.f, p.f, num_rows};
+    add_rows<ReadFloat>(own, piece);
+    add_table(stored, piece, p.table);
+    e = e1;
+    first = last;
+  }
+  return good;
+}
+
+}  // namespace
+
+// False when rowptr, col or halo holds an entry out of range; out is then unspecified.
+bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows, const int32_t* col,
+               int64_t num_edges, const float* weight, const int64_t* halo, int64_t num_halo, const Table& table,
+               float* out) {
+  const Problem p{x, b, f, rowptr, col, num_edges, weight, halo, num_halo, table};
+  bool good = rowptr[0] == 0 && rowptr[num_rows] == num_edges;
+  const int64_t num_chunks = (num_rows + kChunkRows - 1) / kChunkRows;
+#pragma omp parallel reduction(&& : good)
+  {
+    List own, stored;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t row0 = chunk * kChunkRows;
+      good = add_chunk(p, row0, std::min(row0 + kChunkRows, num_rows), out, own, stored) && good;
+    }
+  }
+  return good;
+}
+
+}  // namespace VQGNN_ISA
+}  // namespace vqgnn

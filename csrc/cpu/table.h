@@ -1,0 +1,178 @@
+// A table of node state as the kernels see it (vqgnn_kernels/_types.py: Rows), and the vectors that they decode it with.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if VQGNN_ISA_avx2 || VQGNN_ISA_avx512
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header trips it
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace vqgnn {
+
+enum class Codec : int { none, fp32, fp16, int8, int4, pq8, pq16 };
+
+struct Table {
+  Codec codec;            // none: no table, halo columns are skipped
+  const void* data;       // num_rows rows of row_bytes
+  int64_t num_rows;
+  int64_t row_bytes;
+  const uint16_t* scale;  // [num_rows, 2] bf16 (scale, offset): int8, int4
+  const float* codebook;  // [m, K, d]: pq8, pq16
+  int64_t m, K, d;
+};
+
+}  // namespace vqgnn
+
+#if defined(VQGNN_ISA)  // the rest is for kernel files
+#define VQGNN_INLINE inline __attribute__((always_inline))
+// Vectors wider than the instruction set's registers are split by the compiler; none crosses a function boundary.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace vqgnn {
+namespace VQGNN_ISA {
+namespace {
+
+#if VQGNN_ISA_avx512
+constexpr int kLanes = 16;
+#elif VQGNN_ISA_avx2
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+template <typename T, int n>
+struct VecOf {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <typename T, int n>
+using Vec = typename VecOf<T, n>::type;
+using Floats = Vec<float, kLanes>;
+using Ints = Vec<int32_t, kLanes>;
+
+template <typename V>
+VQGNN_INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+VQGNN_INLINE void store(void* p, const V& v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+VQGNN_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+VQGNN_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+VQGNN_INLINE float bf16_to_float(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
+
+VQGNN_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16;
+  // Exponent rebased by a multiplication, which also normalises subnormals; exact.
+  float magnitude = bits_to_float(uint32_t(h & 0x7fff) << 13) * 0x1p112f;
+  if ((h & 0x7c00) == 0x7c00) magnitude = bits_to_float(0x7f800000 | (uint32_t(h & 0x03ff) << 13));
+  return bits_to_float(float_to_bits(magnitude) | sign);
+}
+
+VQGNN_INLINE uint16_t float_to_half(float value) {  // round half to even
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits in the low end, rounded
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  return uint16_t(half | ((bits >> 16) & 0x8000));
+}
+
+// Readers of element-wise codecs: kLanes values from column c on (c a multiple of kLanes), or one value. `row` is the
+// row's first byte, `affine` its scale and offset.
+struct Affine {
+  float scale, offset;
+};
+
+struct ReadFloat {
+  static VQGNN_INLINE int64_t byte(int64_t c) { return 4 * c; }
+  static VQGNN_INLINE Floats vector(const char* row, int64_t c, Affine) { return load<Floats>(row + 4 * c); }
+  static VQGNN_INLINE float scalar(const char* row, int64_t c, Affine) { return load<float>(row + 4 * c); }
+};
+
+struct ReadHalf {
+  static VQGNN_INLINE int64_t byte(int64_t c) { return 2 * c; }
+  static VQGNN_INLINE Floats vector(const char* row, int64_t c, Affine) {
+#if VQGNN_ISA_avx512
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(row + 2 * c)));
+#elif VQGNN_ISA_avx2
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(row + 2 * c)));
+#else
+    Floats v;
+    for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(load<uint16_t>(row + 2 * (c + i)));
+    return v;
+#endif
+  }
+  static VQGNN_INLINE float scalar(const char* row, int64_t c, Affine) {
+    return half_to_float(load<uint16_t>(row + 2 * c));
+  }
+};
+
+struct ReadByte {
+  static VQGNN_INLINE int64_t byte(int64_t c) { return c; }
+  static VQGNN_INLINE Floats vector(const char* row, int64_t c, Affine a) {
+#if VQGNN_ISA_avx512
+    const Ints q = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + c)));
+#elif VQGNN_ISA_avx2
+    const Ints q = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + c)));
+#else
+    const Ints q = __builtin_convertvector(load<Vec<uint8_t, kLanes>>(row + c), Ints);
+#endif
+    return __builtin_convertvector(q, Floats) * a.scale + a.offset;
+  }
+  static VQGNN_INLINE float scalar(const char* row, int64_t c, Affine a) { return uint8_t(row[c]) * a.scale + a.offset; }
+};
+
+struct ReadNibble {
+  static VQGNN_INLINE int64_t byte(int64_t c) { return c / 2; }
+  static VQGNN_INLINE Floats vector(const char* row, int64_t c, Affine a) {
+    // Nibble i of the little-endian word is column c + i.
+#if VQGNN_ISA_avx512
+    const __m512i word = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(row + c / 2)));
+    const __m512i q = _mm512_or_epi64(_mm512_and_epi64(word, _mm512_set1_epi64(15)),
+                                      _mm512_slli_epi64(_mm512_srli_epi64(word, 4), 32));
+    return __builtin_convertvector((Ints)q, Floats) * a.scale + a.offset;
+#elif VQGNN_ISA_avx2
+    const __m256i word = _mm256_set1_epi32(load<int32_t>(row + c / 2));
+    const __m256i q = _mm256_and_si256(_mm256_srlv_epi32(word, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)),
+                                       _mm256_set1_epi32(15));
+    return __builtin_convertvector((Ints)q, Floats) * a.scale + a.offset;
+#else
+    Floats v;
+    for (int i = 0; i < kLanes; ++i) v[i] = scalar(row, c + i, a);
+    return v;
+#endif
+  }
+  static VQGNN_INLINE float scalar(const char* row, int64_t c, Affine a) {
+    return ((uint8_t(row[c / 2]) >> (4 * (c % 2))) & 15) * a.scale + a.offset;
+  }
+};
+
+}  // namespace
+}  // namespace VQGNN_ISA
+}  // namespace vqgnn
+#endif

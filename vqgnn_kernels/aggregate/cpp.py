@@ -1,0 +1,24 @@
+"""The C++ back-end of aggregate: csrc/cpu/aggregate.cpp."""
+
+import torch
+from torch import Tensor
+
+from .._backend import _C
+from .._types import CSR, Rows
+from ..store_io.cpp import address, as_table
+
+
+def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor | None:
+    """None when rowptr, col or halo holds an entry out of range."""
+    rowptr, col, weight, halo = (None if t is None else t.contiguous() for t in csr)
+    values = x.float().contiguous()
+    b, f = values.shape
+    num_rows = rowptr.shape[0] - 1
+    table, kept = as_table(rows)
+    out = torch.empty(num_rows, f)
+    good = _C.aggregate(
+        values.data_ptr(), b, f, rowptr.data_ptr(), num_rows, col.data_ptr(), col.shape[0], address(weight),
+        address(halo), 0 if halo is None else halo.shape[0], table, out.data_ptr(),
+    )  # fmt: skip
+    del kept
+    return out.to(x.dtype) if good else None
