@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -127,7 +128,8 @@ class Trainer:
         run.keep_metrics(self.epoch)
         batches = len(self.loader)
         total, done = self.config.epochs * batches, self.epoch * batches
-        with tqdm(total=total, initial=done, unit="batch", mininterval=0.5) as bar:
+        interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log needs no animation
+        with tqdm(total=total, initial=done, unit="batch", mininterval=interval) as bar:
             while self.epoch < self.config.epochs:
                 bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
                 metrics = self.train_epoch(bar)
