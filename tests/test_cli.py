@@ -46,9 +46,9 @@ def fails(capsys, arguments, *words, code=2):
         assert word in lines[0]
 
 
-def lines_without_times(run):
+def comparable(run):
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in epoch.items() if "seconds" not in key} for epoch in epochs]
+    return [{k: v for k, v in epoch.items() if "seconds" not in k and "memory" not in k} for epoch in epochs]
 
 
 def test_train_evaluate_predict(run, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_info(capsys):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch            {torch.__version__}" in out.replace("  ", "  ") or torch.__version__ in out
+    assert torch.__version__ in out
     assert "back-end cpp" in out and "cuda" in out
 
 
@@ -116,7 +116,7 @@ def test_resume_of_a_finished_run(run, capsys):
 
 def test_interrupt_and_resume_bit_for_bit(tmp_path):
     """Ctrl-C in a real process; the run then ends as one that was never interrupted."""
-    arguments = [*SMALL, "--epochs", "60", "--eval-every", "5"]
+    arguments = [*SMALL, "--epochs", "20", "--eval-every", "5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(["train", *arguments, "--out", str(whole)]) == 0
 
@@ -138,12 +138,12 @@ def test_interrupt_and_resume_bit_for_bit(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"go on with: vqgnn train --resume --out {broken}" in errors and "Traceback" not in errors
-    done = len(lines_without_times(broken))
-    assert 1 <= done < 60
+    done = len(comparable(broken))
+    assert 1 <= done < 20
     assert not [p.name for p in broken.iterdir() if p.name.startswith(".")]  # no half-written file
 
     assert main(["train", "--resume", "--out", str(broken)]) == 0
-    assert lines_without_times(broken) == lines_without_times(whole)
+    assert comparable(broken) == comparable(whole)
     saved = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (broken, whole)]
     for name, weight in saved[1]["model"].items():
         assert torch.equal(saved[0]["model"][name], weight), name
@@ -162,7 +162,7 @@ def test_interrupt_before_the_first_epoch(tmp_path, monkeypatch, capsys):
         assert main(["train", *SMALL, "--epochs", "2", "--out", str(out)]) == 130
     assert "go on with" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(out)]) == 0
-    assert len(lines_without_times(out)) == 2
+    assert len(comparable(out)) == 2
 
 
 def test_out_is_never_overwritten(run, capsys):
@@ -217,13 +217,13 @@ BAD_OPTIONS = {
     "features form": (["--features", "4-8"], "FROM:TO"),
     "features empty": (["--features", "4:4"], "FROM < TO"),
     "codec": (["--codec", "zip"], "codec='zip' is unknown"),
-    "codec of method": (["--method", "gas"], "belongs to method='vq'"),
+    "codec of method": (["--method", "gas"], "method='gas'"),
     "parts": (["--parts", "5/8"], "1 <= Q <= P"),
     "parts and batch": (["--parts", "8/2", "--batch-size", "5"], "exclude each other"),
     "model": (["--model", "gan"], "gan"),
     "method": (["--method", "none"], "none"),
-    "number": (["--epochs", "many"], "many"),
-    "range": (["--dropout", "1.5"], "1.5"),
+    "number": (["--epochs", "many"], "--epochs"),
+    "range": (["--dropout", "1.5"], "--dropout"),
     "no such option": (["--colour", "red"], "--colour"),
 }
 

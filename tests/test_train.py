@@ -48,8 +48,8 @@ def assert_same(first, second):
         assert same, key
 
 
-def without_times(metrics):
-    return [{k: v for k, v in epoch.items() if "seconds" not in k} for epoch in metrics]
+def comparable(metrics):
+    return [{k: v for k, v in epoch.items() if "seconds" not in k and "memory" not in k} for epoch in metrics]
 
 
 @pytest.mark.parametrize("model", ["gcn", "sage", "gin", "mlp"])
@@ -172,7 +172,7 @@ def test_resume_is_bit_for_bit(tmp_path, method):
     trainer = Trainer(config, dataset, fill=False)
     trainer.load_state_dict(broken.load_checkpoint(dataset.fingerprint()))
     trainer.fit(broken)
-    assert without_times(broken.metrics()) == without_times(whole.metrics())
+    assert comparable(broken.metrics()) == comparable(whole.metrics())
     fingerprint = dataset.fingerprint()
     assert_same(broken.load_checkpoint(fingerprint), whole.load_checkpoint(fingerprint))
 
@@ -187,6 +187,9 @@ def test_run_folder_and_summary(tmp_path):
     best = max((m for m in run.metrics() if "val_acc" in m), key=lambda m: (m["val_acc"], -m["epoch"]))
     assert (summary["best_epoch"], summary["test_acc"]) == (best["epoch"], best["test_acc"])
     assert summary["store_bytes_fp32"] == 400 * 16 * 4
+    if memory.resident() is not None:
+        training = max(m["memory_training"] for m in run.metrics())
+        assert 0 < summary["memory_training"] == training <= summary["memory_above_data"] < summary["memory_peak"]
     assert json.loads((run.path / "summary.json").read_text()) == summary
     trainer.use_best()
     assert trainer.scores(trainer.predict())["test_acc"] == summary["test_acc"]
