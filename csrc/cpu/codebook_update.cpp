@@ -20,23 +20,19 @@ struct Rows {
   const float *mean, *rstd;
 };
 
-float whitened(const Rows& p, int64_t column, float value) {
-  return p.mean == nullptr ? value : (value - p.mean[column]) * p.rstd[column];
-}
-
 // Adds rows begin to end of branch j; returns the first code outside 0..K-1, or -1.
-template <int DV, bool kWhiten, typename Code>
+template <int DV, typename Code>
 int64_t add_rows(const Rows& p, int64_t begin, int64_t end, int64_t j, const Code* codes, int64_t* counts, double* sums) {
   const int64_t dv = DV ? DV : p.dv;
-  const float* mean = p.mean + (kWhiten ? j * dv : 0);
-  const float* rstd = p.rstd + (kWhiten ? j * dv : 0);
+  const float* mean = p.mean + j * dv;
+  const float* rstd = p.rstd + j * dv;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t code = codes[i * p.m + j];
     if (code >= p.K) return code;
     const float* row = p.v + i * p.row_stride + j * dv;
     double* sum = sums + code * dv;
     counts[code] += 1;
-    for (int64_t d = 0; d < dv; ++d) sum[d] += kWhiten ? (row[d] - mean[d]) * rstd[d] : row[d];
+    for (int64_t d = 0; d < dv; ++d) sum[d] += (row[d] - mean[d]) * rstd[d];
   }
   return -1;
 }
@@ -58,8 +54,7 @@ int64_t stats(const Rows& p, const Code* codes, float* counts, float* sums) {
         for (int64_t j = first; j < last; ++j) {
           int64_t* c = count.data() + (j - first) * p.K;
           double* s = sum.data() + (j - first) * p.K * p.dv;
-          bad = std::max(bad, p.mean == nullptr ? add_rows<DV, false>(p, begin, end, j, codes, c, s)
-                                                : add_rows<DV, true>(p, begin, end, j, codes, c, s));
+          bad = std::max(bad, add_rows<DV>(p, begin, end, j, codes, c, s));
         }
       }
       std::copy_n(count.begin(), (last - first) * p.K, counts + first * p.K);
@@ -94,7 +89,10 @@ uint64_t splitmix64(uint64_t seed, uint64_t index) {
 // Negative int16 codes count as 2^16 more.
 int64_t codebook_stats(const float* v, int64_t b, int64_t row_stride, const void* codes, int64_t m, int64_t K,
                        int64_t dv, const float* mean, const float* rstd, float* counts, float* sums) {
-  const Rows rows{v, b, row_stride, m, K, dv, mean, rstd};
+  // (x - 0) * 1 is x to the bit: one path for plain and whitened rows.
+  const std::vector<float> zeros(mean == nullptr ? m * dv : 0, 0.0f), ones(rstd == nullptr ? m * dv : 0, 1.0f);
+  const Rows rows{v, b, row_stride, m, K, dv, mean == nullptr ? zeros.data() : mean,
+                  rstd == nullptr ? ones.data() : rstd};
   return K <= 256 ? stats_any(rows, static_cast<const uint8_t*>(codes), counts, sums)
                   : stats_any(rows, static_cast<const uint16_t*>(codes), counts, sums);
 }
@@ -103,7 +101,6 @@ void codebook_update(float* codebook, float* ema_counts, float* ema_sums, const 
                      int64_t m, int64_t K, int64_t dv, double decay, double eps, const float* v, int64_t b,
                      int64_t row_stride, const float* mean, const float* rstd, double revive_below, uint64_t seed,
                      int64_t* revived) {
-  const Rows rows{v, b, row_stride, m, K, dv, mean, rstd};
   const float keep = static_cast<float>(decay), take = static_cast<float>(1 - decay);
   const float smallest = static_cast<float>(b > 0 ? revive_below : 0);
 #pragma omp parallel for schedule(static)
@@ -127,7 +124,9 @@ void codebook_update(float* codebook, float* ema_counts, float* ema_sums, const 
       if (!(ema_counts[k] < smallest)) continue;
       const int64_t row = static_cast<int64_t>(splitmix64(seed, static_cast<uint64_t>(k)) % static_cast<uint64_t>(b));
       for (int64_t d = 0; d < dv; ++d) {
-        codeword[d] = whitened(rows, j * dv + d, v[row * row_stride + j * dv + d]);
+        const int64_t column = j * dv + d;
+        const float value = v[row * row_stride + column];
+        codeword[d] = mean == nullptr ? value : (value - mean[column]) * rstd[column];
         sum[d] = codeword[d] * smallest;
       }
       ema_counts[k] = smallest;

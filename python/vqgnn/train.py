@@ -7,14 +7,14 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch_geometric.nn import models
 from tqdm import tqdm
 
@@ -59,6 +59,25 @@ def score(logits: Tensor, y: Tensor, multilabel: bool) -> float:
     return 2 * hits / max(1, int(positive.sum()) + int(true.sum()))
 
 
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
+    """EMA of weights for AveragedModel; its decay rises to `decay`, so that the first weights do not linger.
+
+    After t steps about the last t / 9 count: full batch makes one step an epoch and would else trail for hundreds.
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        t = int(num_averaged)
+        share = 1 - min(decay, (1 + t) / (10 + t))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, share)
+            else:
+                mean.copy_(value)
+
+    return update
+
+
 class Trainer:
     """Trains one config on one graph; everything that decides the next step is in `state_dict`.
 
@@ -75,7 +94,7 @@ class Trainer:
         self.config, self.dataset, self.data = config, dataset, dataset.data
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.num_features, dataset.num_classes)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.average), use_buffers=True)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
         try:
             self.loader = self._loader()
             if config.model != "mlp":
