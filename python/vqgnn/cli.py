@@ -84,8 +84,6 @@ def train(
         if out is not None:
             Run.check_free(out)
         run = None
-    warnings.simplefilter("always", RuntimeWarning)
-    warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {message}")
     from . import report
     from .train import Trainer
 
@@ -164,12 +162,14 @@ def doctor() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code. VQGNN_TRACEBACK=1 shows where a bad input was noticed."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except Exception as error:
-        if os.environ.get("VQGNN_TRACEBACK"):
-            raise
-        return _failed(error)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {message}")
+        try:
+            return app(arguments, standalone_mode=False) or 0
+        except Exception as error:
+            if os.environ.get("VQGNN_TRACEBACK"):
+                raise
+            return _failed(error)
 
 
 def _failed(error: Exception) -> int:
@@ -192,7 +192,10 @@ def _failed(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"vqgnn: {text}", file=sys.stderr)
+    """One line on stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(f"vqgnn: {text}", file=sys.stderr)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

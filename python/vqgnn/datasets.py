@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def read_npz(path: Path, columns: slice | None = None) -> dict[str, np.ndarray]:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise InputError(f"dataset {str(path)!r} does not exist; give the path of an .npz file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"dataset {str(path)!r} is not a readable .npz file ({_first_line(error)})") from error
     if "x_data" in arrays and "x" not in arrays:
         arrays["x"] = _dense(str(path), arrays, columns)
@@ -182,9 +183,11 @@ def _checked(name: str, arrays: dict[str, np.ndarray], split: int, directed: boo
     if missing:
         refuse(f"lacks {', '.join(missing)}; needed are x (or x_data, ...), y, edge_index and {', '.join(MASKS)}")
     x, y, edge_index = arrays["x"], arrays["y"], arrays["edge_index"]
+    if y.ndim not in (1, 2) or len(y) == 0:
+        refuse(f"has y of shape {list(y.shape)}; it must be [nodes] or [nodes, classes]")
     n = len(y)
-    if x.ndim != 2 or len(x) != n or x.shape[1] == 0:
-        refuse(f"has x of shape {list(x.shape)} for {n} labels; it must be [nodes, features]")
+    if x.ndim != 2 or len(x) != n or x.shape[1] == 0 or x.dtype.kind not in "fiub":
+        refuse(f"has x of shape {list(x.shape)}, {x.dtype}, for {n} labels; it must be numbers [nodes, features]")
     if columns is not None and x.shape[1] != columns.stop - columns.start:  # downloaded sets are not yet cut
         x = x[:, _within(name, columns, x.shape[1])]
     if not np.isfinite(x.sum(dtype=np.float64)):

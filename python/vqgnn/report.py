@@ -62,9 +62,10 @@ def table(summary: dict[str, Any]) -> str:
             rows.append((f"{split} {name}", f"{value:.4f}"))
     rows.append(("best validation epoch", f"{summary['best_epoch']} of {summary['epochs']}"))
     rows.append(("time an epoch (median)", f"{summary['seconds_an_epoch']:.2f} s"))
-    if summary["peak_memory"] is not None:
-        above = size(summary["peak_memory_above_data"])
-        rows.append(("peak memory", f"{size(summary['peak_memory'])}, {above} above the data"))
+    if "memory_peak" in summary:
+        above = {key: size(summary[f"memory_{key}"]) for key in ("setup", "training", "evaluation")}
+        parts = ", ".join(f"{key} {value}" for key, value in above.items())
+        rows.append(("peak memory", f"{size(summary['memory_peak'])}; above the data: {parts}"))
     if summary["store_bytes"]:
         share = summary["store_bytes_fp32"] / summary["store_bytes"]
         dense = size(summary["store_bytes_fp32"])

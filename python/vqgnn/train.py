@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         memory.reset_peak()
-        self.base_memory = self.peak_memory = memory.resident()  # what the data and the libraries take
+        self.base_memory = memory.resident()  # what the data and the libraries take
         self.config, self.dataset, self.data = config, dataset, dataset.data
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.num_features, dataset.num_classes)
@@ -108,6 +109,7 @@ class Trainer:
         self.epoch = 0  # epochs done
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
         self._warned: set[tuple[str, str]] = set()
+        self.memory_setup = self._peak_since_last()
 
     def _loader(self) -> BatchLoader:
         config, n = self.config, self.data.num_nodes
@@ -146,7 +148,8 @@ class Trainer:
         run.keep_metrics(self.epoch)
         batches = len(self.loader)
         total, done = self.config.epochs * batches, self.epoch * batches
-        with tqdm(total=total, initial=done, unit="batch", mininterval=0.5) as bar:
+        interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log needs no animation
+        with tqdm(total=total, initial=done, unit="batch", mininterval=interval) as bar:
             while self.epoch < self.config.epochs:
                 bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
                 metrics = self.train_epoch(bar)
@@ -182,12 +185,12 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.epoch += 1
         after = {name: store.stats() for name, store in self.stores.items()}
-        self._note_peak()
         return {
             "epoch": self.epoch,
             "loss": total / self.num_train,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 4),
+            "memory_training": self._peak_since_last(),
             **_store_health(after),
             "warnings": self._warnings(updates, after),
         }
@@ -249,8 +252,8 @@ class Trainer:
         if not self.best["scores"] or scores[key] > self.best["scores"][key]:
             weights = {name: value.clone() for name, value in self.averaged.module.state_dict().items()}
             self.best = {"epoch": self.epoch, "scores": scores, "weights": weights}
-        self._note_peak()
-        return {**scores, "eval_seconds": round(time.perf_counter() - start, 4)}
+        seconds = round(time.perf_counter() - start, 4)
+        return {**scores, "eval_seconds": seconds, "memory_evaluation": self._peak_since_last()}
 
     def use_best(self) -> None:
         """Evaluate and predict with the weights of the best validation epoch."""
@@ -258,23 +261,31 @@ class Trainer:
             self.averaged.module.load_state_dict(self.best["weights"])
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the final table shows; times in seconds, sizes in bytes."""
+        """What the final table shows: times in seconds, sizes in bytes, memory above that of the data."""
         seconds = sorted(epoch["seconds"] for epoch in metrics)
-        return {
+        summary = {
             **self.best["scores"],
             "best_epoch": self.best["epoch"],
             "epochs": self.epoch,
             "seconds_an_epoch": seconds[len(seconds) // 2],
             "seconds_training": round(sum(seconds), 3),
-            "peak_memory": self.peak_memory,
-            "peak_memory_above_data": None if self.peak_memory is None else self.peak_memory - self.base_memory,
             "store_bytes": sum(store.nbytes for store in self.stores.values()),
             "store_bytes_fp32": sum(store.dense_nbytes for store in self.stores.values()),
         }
+        if self.base_memory is not None:
+            peaks = {key: max(m.get(key) or 0 for m in metrics) for key in ("memory_training", "memory_evaluation")}
+            above = max(self.memory_setup, *peaks.values())
+            summary |= {"memory_setup": self.memory_setup, **peaks}
+            summary |= {"memory_above_data": above, "memory_peak": self.base_memory + above}
+        return summary
 
-    def _note_peak(self) -> None:
-        if self.peak_memory is not None:
-            self.peak_memory = max(self.peak_memory, memory.peak())
+    def _peak_since_last(self) -> int | None:
+        """Most bytes above those of the data since this was last asked."""
+        if self.base_memory is None:
+            return None
+        above = max(0, memory.peak() - self.base_memory)
+        memory.reset_peak()
+        return above
 
     def _warnings(self, updates: dict[str, int | None], after: dict[str, dict]) -> list[str]:
         """What is wrong with the codebooks after an epoch; each kind is announced once a store."""

@@ -1,0 +1,264 @@
+import json
+
+import pytest
+import torch
+
+import vqgnn
+from vqgnn import datasets, memory, report, train
+from vqgnn.config import Config, InputError
+from vqgnn.runs import Run
+from vqgnn.train import Trainer, TrainingError, score
+
+SMALL = {
+    "dataset": "generated:n=400,classes=4,features=12",
+    "hidden": 16,
+    "layers": 2,
+    "epochs": 3,
+    "codec": "pq:d=4,k=8",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(**changes):
+    config = Config(**(SMALL | changes))
+    return Trainer(config, datasets.load(config.dataset))
+
+
+def tensors(state, path=""):
+    """Every leaf of a nested state by its path."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in tensors(value, f"{path}/{key}").items()}
+    if isinstance(state, list):
+        return tensors(dict(enumerate(state)), path)
+    return {path: state}
+
+
+def assert_same(first, second):
+    first, second = tensors(first), tensors(second)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
+        assert same, key
+
+
+def comparable(metrics):
+    return [{k: v for k, v in epoch.items() if "seconds" not in k and "memory" not in k} for epoch in metrics]
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "mlp"])
+@pytest.mark.parametrize("method", ["vq", "gas", "lmc", "drop", "full"])
+def test_every_model_and_method(model, method):
+    if model == "mlp" and method != "vq":
+        pytest.skip("an MLP has no method")
+    trainer = make(model=model, method=method, codec=None if method != "vq" else SMALL["codec"])
+    metrics = trainer.train_epoch() | trainer.evaluate()
+    assert metrics["loss"] > 0 and 0 <= metrics["test_acc"] <= 1
+    assert ("staleness" in metrics) == (method in ("vq", "gas", "lmc") and model != "mlp")
+    assert ("perplexity" in metrics) == (method == "vq" and model != "mlp")
+
+
+def test_training_learns():
+    trainer = make(epochs=12, dropout=0.0)
+    losses = [trainer.train_epoch()["loss"] for _ in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+    scores = trainer.evaluate()
+    assert scores["train_acc"] > 0.6  # four classes
+
+
+def test_batch_losses_add_up_to_the_full_mean():
+    trainer = make(method="full", codec=None)
+    batch = next(iter(trainer.loader))
+    logits = torch.randn(400, 4)
+    mask = trainer.data.train_mask
+    expected = torch.nn.functional.cross_entropy(logits[mask], trainer.data.y[mask])
+    torch.testing.assert_close(trainer.loss_sum(logits, batch) / trainer.num_train, expected)
+
+
+def test_scores_against_hand_counts():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5]])
+    assert score(logits, torch.tensor([0, 0, 0]), multilabel=False) == pytest.approx(2 / 3)
+    truth = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    # positive: 5 of 6 logits; true: 3; both: (0, 0), (1, 1)
+    assert score(logits, truth, multilabel=True) == pytest.approx(2 * 2 / (5 + 3))
+
+
+def test_average_of_zero_evaluates_the_weights_themselves():
+    trainer = make(average=0.0)
+    trainer.train_epoch()
+    assert_same(dict(trainer.averaged.module.state_dict()), dict(trainer.model.state_dict()))
+
+
+def test_averaged_weights_follow_the_average():
+    trainer = make(average=0.9, epochs=1)
+    name = "convs.0.lin.weight"
+    history = []
+    step = trainer.optimizer.step
+
+    def note(*args):
+        step(*args)
+        history.append(trainer.model.state_dict()[name].clone())
+
+    trainer.optimizer.step = note
+    trainer.train_epoch()
+    expected = history[0]
+    for weight in history[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(trainer.averaged.module.state_dict()[name], expected)
+
+
+def test_learning_rate_course():
+    trainer = make(warmup_epochs=1, epochs=5)
+    steps = len(trainer.loader)
+    factors = [trainer.learning_rate_factor(step) for step in range(5 * steps)]
+    assert factors[0] == pytest.approx(1 / (steps + 1)) and factors[steps] == 1.0
+    assert factors == sorted(factors[: steps + 1]) + sorted(factors[steps + 1 :], reverse=True)
+    assert 0 < factors[-1] < 0.02
+    assert make(schedule="constant").learning_rate_factor(7) == 1.0
+
+
+def test_evaluation_leaves_training_untouched():
+    trainer = make()
+    trainer.train_epoch()
+    before = {key: value for key, value in trainer.state_dict().items() if key != "best"}
+    before = torch.load(_saved(before), weights_only=True)
+    for inference in ("exact", "vq", "stale"):
+        trainer.predict(inference)
+    trainer.evaluate()
+    assert_same(before, {key: value for key, value in trainer.state_dict().items() if key != "best"})
+
+
+def _saved(state):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
+def test_resume_is_bit_for_bit(tmp_path, method):
+    """Stop after two of four epochs with the third's metrics already written, resume, compare with an unbroken run."""
+    config = Config(**(SMALL | {"epochs": 4, "method": method, "codec": None if method != "vq" else SMALL["codec"]}))
+    dataset = datasets.load(config.dataset)
+    whole = Run.create(tmp_path / "whole", config)
+    Trainer(config, dataset).fit(whole)
+
+    broken = Run.create(tmp_path / "broken", config)
+    trainer = Trainer(config, dataset)
+    save = broken.save_checkpoint
+
+    def fail_at_third(state):
+        if state["epoch"] == 3:
+            raise KeyboardInterrupt
+        save(state)
+
+    broken.save_checkpoint = fail_at_third
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(broken)
+    with open(broken.path / "metrics.jsonl", "a") as handle:
+        handle.write('{"epoch": 4, "lo')  # and a line that was cut off
+    assert [m["epoch"] for m in broken.metrics()] == [1, 2, 3]
+
+    broken = Run(broken.path)
+    torch.manual_seed(99)
+    trainer = Trainer(config, dataset, fill=False)
+    trainer.load_state_dict(broken.load_checkpoint(dataset.fingerprint()))
+    trainer.fit(broken)
+    assert comparable(broken.metrics()) == comparable(whole.metrics())
+    fingerprint = dataset.fingerprint()
+    assert_same(broken.load_checkpoint(fingerprint), whole.load_checkpoint(fingerprint))
+
+
+def test_run_folder_and_summary(tmp_path):
+    config = Config(**(SMALL | {"eval_every": 2}))
+    dataset = datasets.load(config.dataset)
+    run = Run.create(tmp_path / "run", config)
+    trainer = Trainer(config, dataset)
+    summary = trainer.fit(run)
+    assert ["val_acc" in epoch for epoch in run.metrics()] == [False, True, True]
+    best = max((m for m in run.metrics() if "val_acc" in m), key=lambda m: (m["val_acc"], -m["epoch"]))
+    assert (summary["best_epoch"], summary["test_acc"]) == (best["epoch"], best["test_acc"])
+    assert summary["store_bytes_fp32"] == 400 * 16 * 4
+    if memory.resident() is not None:
+        training = max(m["memory_training"] for m in run.metrics())
+        assert 0 < summary["memory_training"] == training <= summary["memory_above_data"] < summary["memory_peak"]
+    assert json.loads((run.path / "summary.json").read_text()) == summary
+    trainer.use_best()
+    assert trainer.scores(trainer.predict())["test_acc"] == summary["test_acc"]
+    text = report.table(summary)
+    assert all(word in text for word in ("test accuracy", "time an epoch", "peak memory", "node state"))
+    assert report.curves(run).read_bytes().startswith(b"\x89PNG")
+    assert not [p.name for p in run.path.iterdir() if p.name.startswith(".")]
+
+
+def test_several_labels(tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    n, split = 120, rng.permutation(120)
+    x = rng.standard_normal((n, 6)).astype(np.float32)
+    np.savez(
+        tmp_path / "multi.npz",
+        x=x,
+        y=(x[:, :3] > 0.5).astype(np.uint8),
+        edge_index=rng.integers(0, n, (2, 300)),
+        train_mask=split < 60,
+        val_mask=(split >= 60) & (split < 90),
+        test_mask=split >= 90,
+    )
+    trainer = make(dataset=str(tmp_path / "multi.npz"))
+    metrics = trainer.train_epoch() | trainer.evaluate()
+    assert {"train_f1", "val_f1", "test_f1"} <= metrics.keys() and "test_acc" not in metrics
+
+
+def test_warns_of_a_codebook_that_is_not_updated(monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(vqgnn.Codebook, "update", lambda self, x, g=None: self.assign(x))
+    with pytest.warns(RuntimeWarning, match=r"codebook of convs\.1 was not updated in epoch 1"):
+        metrics = trainer.train_epoch()
+    assert len(metrics["warnings"]) == 1
+    assert "UNHEALTHY" in train._bar_text(metrics, "acc")
+
+
+def test_warns_of_a_collapsed_codebook(monkeypatch):
+    trainer = make()
+    stats = vqgnn.Codebook.stats
+    monkeypatch.setattr(vqgnn.Codebook, "stats", lambda self: stats(self) | {"dead": 0.95})
+    with pytest.warns(RuntimeWarning, match="collapsed.*95 % dead codes"):
+        trainer.train_epoch()
+
+
+def test_healthy_codebooks_do_not_warn(recwarn):
+    assert make().train_epoch()["warnings"] == []
+    assert not [w for w in recwarn if "codebook" in str(w.message)]
+
+
+def test_loss_that_is_no_number_stops():
+    trainer = make()
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="smaller --lr"):
+        trainer.train_epoch()
+
+
+def test_stale_inference_needs_a_store():
+    with pytest.raises(InputError, match="'drop' keeps none"):
+        make(method="drop", codec=None).predict("stale")
+
+
+def test_memory_counters():
+    if memory.resident() is None:
+        pytest.skip("no /proc")
+    memory.reset_peak()
+    before = memory.peak()
+    block = torch.ones(8_000_000)
+    assert memory.peak() - before > 0.8 * block.nbytes
+    assert memory.resident() <= memory.peak()
