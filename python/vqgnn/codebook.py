@@ -77,7 +77,13 @@ class Codebook(nn.Module):
         fair_share = v.size(0) / self.num_codes
         if not self.initialised:
             self._initialise(v, rstd)
-        codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
+        kept = None
+        if g is None and self.grad_seen:  # gradients are known, but not this batch's: they take no part
+            kept = self.codewords[..., self.branch_dim :].clone()
+            codes = self.assign(x)
+            counts, sums = kernels.codebook_stats(v, codes, self.num_codes, self.mean, rstd)
+        else:
+            codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
         if first_grad:
             self._start_gradients(counts, sums)
         kernels.codebook_update(
@@ -93,7 +99,10 @@ class Codebook(nn.Module):
             revive_below=_REVIVE_SHARE * fair_share,
             seed=self.seed + int(self.updates),
         )
-        self._measure(v, counts, sums)
+        if kept is not None:
+            self.codewords[..., self.branch_dim :] = kept
+            self.ema_sums[..., self.branch_dim :] = kept * self.ema_counts[..., None]
+        self._measure(v, counts, sums, g is not None)
         self.updates += 1
         self._decode()
         return codes
@@ -197,8 +206,10 @@ class Codebook(nn.Module):
         start = sums[..., self.branch_dim :] / counts.clamp(min=1)[..., None]
         self.ema_sums[..., self.branch_dim :] = start * self.ema_counts[..., None]
 
-    def _measure(self, v: Tensor, counts: Tensor, sums: Tensor) -> None:
+    def _measure(self, v: Tensor, counts: Tensor, sums: Tensor, has_grad: bool) -> None:
         """Squared error of the batch's rows against the new codewords, from their sums (no second pass over rows).
+
+        Without gradients their figures stay those of the last batch that had them.
 
         sum |x - c|^2 = sum x^2 - 2 c . sum x + count c^2, a channel, in whitened units times the variance.
         """
@@ -210,7 +221,7 @@ class Codebook(nn.Module):
         white_square = square - 2 * mean * (total * std + v.size(0) * mean) + v.size(0) * mean**2
         error = white_square + var * ((counts[..., None] * c * c).sum(1) - 2 * (c * sums).sum(1))
         d = self.branch_dim
-        for i, part in enumerate((slice(0, d), slice(d, None))):
+        for i, part in enumerate((slice(0, d), slice(d, None))[: 1 + has_grad]):
             self.square_error[i, 0] = error[:, part].sum()
             self.square_error[i, 1] = square[:, part].sum()
 

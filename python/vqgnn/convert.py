@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 
 from .graph import BatchGraph, Graph
@@ -73,21 +74,31 @@ def convert(
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
     grad = default_grad if grad is None else grad
     graph = Graph.of(data)
-    convs = _swap(model)
-    calls = _probe(model, graph, forward)
-
-    for index, (name, conv) in enumerate(convs.items()):
-        if conv not in calls:
-            raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
-        dim, sees_features = calls[conv]
-        use = StoreUse(conv.convolution())
-        if sees_features and input != "codes":
-            use.input = "rows" if input == "rows" else "precompute"
-        elif input == "precompute" and index == 0:
-            raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
-        elif codec is not None:
-            use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed=seed + index, **codebook)
-            use.store.to(graph.x.device)
+    convs = _find(model)
+    # The same objects with another class, so that parameters, hooks and optimisers stay.
+    classes = {conv: type(conv) for conv in convs.values()}
+    for conv, cls in classes.items():
+        conv.__class__ = CONVS.get(cls, cls)
+    try:
+        calls = _probe(model, graph, forward)
+        uses: dict[StoreConv, StoreUse] = {}
+        for index, (name, conv) in enumerate(convs.items()):
+            if conv not in calls:
+                raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
+            dim, sees_features = calls[conv]
+            use = uses[conv] = StoreUse(conv.convolution())
+            if sees_features and input != "codes":
+                use.input = "rows" if input == "rows" else "precompute"
+            elif input == "precompute" and index == 0:
+                raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
+            elif codec is not None:
+                use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed=seed + index, **codebook)
+                use.store.to(graph.x.device)
+    except BaseException:  # a model that cannot be converted stays as it was
+        for conv, cls in classes.items():
+            conv.__class__ = cls
+        raise
+    for conv, use in uses.items():
         conv.store_use = use
         graph.wanted[use.convolution, use.input == "precompute"] = None
     if fill and stores(model):
@@ -107,8 +118,8 @@ def stores(model: nn.Module) -> dict[str, NodeStore]:
     return found
 
 
-def _swap(model: nn.Module) -> dict[str, StoreConv]:
-    """Turn PyG's convs into ours: the same objects with another class, so parameters, hooks and optimisers stay."""
+def _find(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's convs by their path, PyG's or ours; a ValueError where one cannot be converted."""
     convs = {name: m for name, m in model.named_modules() if isinstance(m, pyg.MessagePassing)}
     if not convs:
         raise ValueError(f"model {type(model).__name__} has no PyG convs to convert")
@@ -117,10 +128,8 @@ def _swap(model: nn.Module) -> dict[str, StoreConv]:
     if unknown:
         known = ", ".join(conv.__name__ for conv in CONVS)
         raise ValueError(f"model has convs that cannot be converted yet: {', '.join(unknown)}; supported are {known}")
-    for conv in fresh:  # all or none: an option that cannot be served leaves the model as it was
-        CONVS[type(conv)].convolution(conv)
-    for conv in fresh:
-        conv.__class__ = CONVS[type(conv)]
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("model has lazy parameters without a shape yet; run it once on PyG's edge_index, then convert")
     return convs
 
 

@@ -32,6 +32,7 @@ class Convolution:
     def edges(self, graph: Graph) -> tuple[Tensor, Tensor | None]:
         """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
         edge_index, weight = graph.edge_index, graph.edge_weight
+        weight = None if weight is None else weight.float()
         if self.kind == "gcn":
             if not self.normalize:
                 return edge_index, weight
@@ -75,6 +76,10 @@ class Matrix:
         return self.rowptr_t is self.rowptr
 
 
+def _edge_weight(data: Data) -> Tensor | None:
+    return data.edge_weight if "edge_weight" in data else None
+
+
 def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
     order = torch.argsort(row * num_nodes + col, stable=True)
@@ -99,6 +104,10 @@ class Graph:
         if data.x is None or data.x.dim() != 2 or data.x.size(0) != num_nodes:
             came = None if data.x is None else tuple(data.x.shape)
             raise ValueError(f"data.x must be [num_nodes={num_nodes}, features], got {came}; give every node features")
+        if data.x.dtype != torch.float32:
+            raise ValueError(f"data.x must be float32, got {data.x.dtype}; set data.x = data.x.float()")
+        if edge_index.dtype != torch.int64:
+            raise ValueError(f"data.edge_index must be int64, got {edge_index.dtype}; convert it with .long()")
         if num_nodes >= 2**31:
             raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
         if edge_index.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes):
@@ -109,7 +118,12 @@ class Graph:
             )
         self.num_nodes = num_nodes
         self.edge_index = edge_index
-        self.edge_weight = data.edge_weight if "edge_weight" in data else None
+        self.edge_weight = _edge_weight(data)
+        if self.edge_weight is not None and self.edge_weight.shape != edge_index.shape[1:]:
+            raise ValueError(
+                f"data.edge_weight must be [num_edges={edge_index.size(1)}], got {list(self.edge_weight.shape)}; "
+                "give every edge one number"
+            )
         self.x = data.x
         self._matrices: dict[Convolution, Matrix] = {}
         self._products: dict[Convolution, Tensor] = {}
@@ -120,7 +134,9 @@ class Graph:
     def of(cls, data: Data) -> Graph:
         """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
         graph = cls._known.get(data)
-        if graph is None or graph.edge_index is not data.edge_index or graph.x is not data.x:
+        now = (data.edge_index, data.x, _edge_weight(data))
+        known = (None,) * 3 if graph is None else (graph.edge_index, graph.x, graph.edge_weight)
+        if any(old is not new for old, new in zip(known, now, strict=True)):
             graph = cls._known[data] = cls(data)
         return graph
 

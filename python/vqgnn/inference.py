@@ -71,6 +71,9 @@ def layerwise(
         raise ValueError(f"dtype={dtype} is not supported for kept rows; use torch.float32 or torch.float16")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    convs = [module for module in model.modules() if isinstance(module, StoreConv)]
+    if not convs or any(conv.store_use is None for conv in convs):
+        raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
     with evaluating(model):
         if method == "stale":
             loader = BatchLoader(data, batch_size, seed=0)

@@ -25,10 +25,10 @@ class Batch:
     """A mini-batch: `n_id` [b], `graph`, and the node-level tensors of the data (`x`, `y`, masks, ...) of its nodes."""
 
     def __init__(self, graph: BatchGraph, tensors: dict[str, Tensor]):
+        self.__dict__.update(tensors)
         self.graph = graph
         self.n_id = graph.n_id
         self.num_nodes = graph.n_id.numel()
-        self.__dict__.update(tensors)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k}={list(v.shape)}" for k, v in self.__dict__.items() if isinstance(v, Tensor))
@@ -83,7 +83,7 @@ class BatchLoader:
             self._num_batches = math.ceil(n / batch_size)
             num_parts = self._num_batches * _PARTS_A_BATCH
         else:
-            self._num_batches = math.ceil(num_parts / parts_per_batch)
+            self._num_batches = min(math.ceil(num_parts / parts_per_batch), n)
         if sampler == "cluster" and self._num_batches > 1:
             self._parts = partition(data.edge_index, n, min(num_parts, n), cache_dir)
             self._num_batches = min(self._num_batches, len(self._parts))
@@ -107,7 +107,8 @@ class BatchLoader:
         n = self.graph.num_nodes
         if self._num_batches == 1:
             return [torch.arange(n)]
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        # mixed into 32 bits: torch's CPU generator reads no more of a seed
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
         count = len(self._parts) if self._parts else n
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         groups = torch.tensor_split(order, self._num_batches)

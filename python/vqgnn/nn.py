@@ -87,7 +87,8 @@ class StoreConv:
     def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
         x = x.detach()
-        if not (store.grad and messages.requires_grad):
+        # compiled, every push goes through the one opaque op of the backward: a codebook's update cannot be traced
+        if not (messages.requires_grad and (store.grad or torch.compiler.is_compiling())):
             store.push(n_id, x)
             return
 
@@ -116,6 +117,7 @@ class GCNConv(StoreConv, pyg.GCNConv):
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
+        _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
         return Convolution("gcn", self.normalize, self.add_self_loops, self.improved)
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
@@ -145,6 +147,7 @@ class GINConv(StoreConv, pyg.GINConv):
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
+        _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
         return Convolution("sum")
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:

@@ -47,9 +47,8 @@ def partition(edge_index: Tensor, num_nodes: int, num_parts: int, cache_dir: str
 
     digest = hashlib.sha256(pairs.tobytes() + f"{num_nodes},{num_parts},metis".encode()).hexdigest()[:16]
     path = Path(cache_dir or cache_folder()) / f"parts-{digest}.npy"
-    if path.exists():
-        part = np.load(path)
-    else:
+    part = _read_parts(path, num_nodes, num_parts)
+    if part is None:
         _, part = pymetis.part_graph(num_parts, xadj=rowptr, adjncy=col) if num_parts > 1 else (0, [0] * num_nodes)
         part = np.asarray(part, np.int32)
         with atomic_write(path) as handle:
@@ -59,16 +58,32 @@ def partition(edge_index: Tensor, num_nodes: int, num_parts: int, cache_dir: str
     return [torch.from_numpy(ids) for ids in np.split(order, bounds) if len(ids)]
 
 
+def _read_parts(path: Path, num_nodes: int, num_parts: int) -> np.ndarray | None:
+    """Every node's part from the cache; None where there is no file, or, with a warning, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        part = np.load(path)
+        if part.shape == (num_nodes,) and part.dtype == np.int32 and part.min() >= 0 and part.max() < num_parts:
+            return part
+        reason = f"it holds {part.dtype} {list(part.shape)}"
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error)
+    warnings.warn(f"{path} is damaged ({reason}) and is made anew", RuntimeWarning, stacklevel=3)
+    return None
+
+
 def _by_breadth_first_order(rowptr: np.ndarray, col: np.ndarray, num_parts: int) -> list[Tensor]:
     num_nodes = len(rowptr) - 1
     seen = np.zeros(num_nodes, bool)
-    levels = []
+    levels, found = [], 0
     roots = iter(np.argsort(np.diff(rowptr), kind="stable"))  # from the rim of the graph inwards
-    while sum(map(len, levels)) < num_nodes:
+    while found < num_nodes:
         frontier = np.array([next(r for r in roots if not seen[r])])
         while len(frontier):
             seen[frontier] = True
             levels.append(frontier)
+            found += len(frontier)
             degree = rowptr[frontier + 1] - rowptr[frontier]
             first = np.repeat(rowptr[frontier] - (np.cumsum(degree) - degree), degree)
             neighbours = np.unique(col[first + np.arange(degree.sum())])

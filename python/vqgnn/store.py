@@ -115,8 +115,20 @@ class NodeStore(nn.Module):
         self.register_buffer("grad_scale", grad_scale)
         self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._register()
+
+    def _register(self) -> None:
         self.handle = next(_HANDLES)
         _STORES[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy records into itself
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but keep the dtypes: `model.half()` must not change the codec."""
+        device = fn(torch.empty(0, device=self.data.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def extra_repr(self) -> str:
         return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}"
@@ -141,8 +153,13 @@ class NodeStore(nn.Module):
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows.
         """
-        if x.shape != (n_id.numel(), self.dim):
-            raise ValueError(f"x has shape {list(x.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id")
+        for name, given in (("x", x), ("g", g)):
+            if given is not None and given.shape != (n_id.numel(), self.dim):
+                raise ValueError(
+                    f"{name} has shape {list(given.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id"
+                )
+        if n_id.numel() == 0:
+            return
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         kernels.push_rows(self.rows, n_id, value)
         if g is not None and self.grad_data is not None:

@@ -1,0 +1,113 @@
+"""The settings of a training run: every default, its range and its help text, once."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that says what to do."""
+
+
+def option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "min": low, "max": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `vqgnn train`; the command line's options are made from these fields."""
+
+    dataset: str = option("generated", "Graph: 'generated[:n=N,...]', an .npz file, 'ogbn-arxiv', 'cora', ...")
+    split: int = option(0, "Which split, where the data set has several.", 0)
+    directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
+    features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
+    model: Literal["gcn", "sage", "gin", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
+    method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
+        "vq",
+        "What a batch knows of the nodes outside it: codes, rows, rows and gradients, nothing; or the whole graph.",
+    )
+    codec: str | None = option(
+        None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
+    )
+    input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
+    sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
+    batch_size: int | None = option(None, "Nodes a batch. [default: a tenth of the nodes]", 1)
+    parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
+    hidden: int = option(128, "Channels of the hidden layers.", 1)
+    layers: int = option(3, "Layers.", 1)
+    dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
+    lr: float = option(0.01, "Adam's step size.", 0)
+    schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
+    warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
+    weight_decay: float = option(0.0, "Adam's weight decay.", 0)
+    average: float = option(
+        0.98, "Decay a step of the averaged weights that are evaluated; 0: the weights as is.", 0, 1
+    )
+    epochs: int = option(40, "Passes over the nodes; with --method full a pass is one step.", 1)
+    eval_every: int = option(1, "Epochs between evaluations.", 1)
+    seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0)
+    threads: int | None = option(None, "Threads to compute with. [default: torch's choice]", 1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, name, low, high = getattr(self, f.name), option_name(f.name), f.metadata["min"], f.metadata["max"]
+            choices = get_args(f.type) if isinstance(f.default, str) else ()
+            if choices and value not in choices:
+                raise InputError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
+            fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
+            if not fits:
+                raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
+        self.columns()
+        num_parts, _ = self.parts_pair()
+        if num_parts is not None:
+            if self.batch_size is not None:
+                raise InputError(f"--batch-size {self.batch_size} and --parts {self.parts} exclude each other")
+            object.__setattr__(self, "sampler", "cluster")
+
+    def columns(self) -> slice | None:
+        """`features` as a slice."""
+        if self.features is None:
+            return None
+        low, high = _two_ints("--features", self.features, ":", "FROM:TO with 0 <= FROM < TO, e.g. 80:200")
+        if not 0 <= low < high:
+            raise InputError(f"--features {self.features!r} is empty; it must be FROM:TO with 0 <= FROM < TO")
+        return slice(low, high)
+
+    def parts_pair(self) -> tuple[int | None, int]:
+        """`parts` as (number of parts, parts a batch)."""
+        if self.parts is None:
+            return None, 1
+        total, joined = _two_ints("--parts", self.parts, "/", "P/Q with 1 <= Q <= P, e.g. 80/8")
+        if not 1 <= joined <= total:
+            raise InputError(f"--parts {self.parts!r} is not possible; it must be P/Q with 1 <= Q <= P")
+        return total, joined
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Config":
+        """The config of a run folder; an InputError when it is damaged or of another version."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; is {path.parent} a run folder?") from error
+        except (TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} is no run's config ({error}); start a new run") from error
+
+
+def option_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return f"at least {low}" if high is None else f"in {low}..{high}"
+
+
+def _two_ints(name: str, text: str, separator: str, form: str) -> tuple[int, int]:
+    first, _, second = text.partition(separator)
+    try:
+        return int(first), int(second)
+    except ValueError:
+        raise InputError(f"{name} {text!r} cannot be read; it must be {form}") from None

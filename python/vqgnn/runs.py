@@ -1,0 +1,104 @@
+"""The folder of a run: config.json, metrics.jsonl, checkpoint.pt, curves.png and summary.json, always resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, InputError
+from .files import atomic_write
+
+_CHECKPOINT_VERSION = 1
+
+
+class Run:
+    """A run folder. `Run.create` makes a new one, `Run(path)` opens one that is there."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"run folder {str(self.path)!r} does not exist; give the folder that `vqgnn train` wrote")
+        self.config = Config.read(self.path / "config.json")
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Never write into another run, or over anything else."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"--out {str(path)!r} exists already; go on with --resume or choose another folder")
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> Run:
+        path = Path(path)
+        cls.check_free(path)
+        with atomic_write(path / "config.json") as handle:
+            handle.write(config.to_json().encode())
+        return cls(path)
+
+    @staticmethod
+    def free_name(config: Config, root: str | Path = "runs") -> Path:
+        """A folder for this config that is not there yet: runs/generated-gcn-vq, runs/generated-gcn-vq-2, ..."""
+        graph = Path(config.dataset.partition(":")[0]).stem
+        name = "-".join([graph, config.model] + [config.method] * (config.model != "mlp"))
+        number = 1
+        while (path := Path(root) / (name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+        return path
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object an epoch; a last line that was cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        epochs = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                epochs.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return epochs
+
+    def append_metrics(self, epoch: dict[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps(epoch) + "\n")
+
+    def keep_metrics(self, last_epoch: int) -> None:
+        """Drop the epochs after `last_epoch`: they will be computed again."""
+        lines = [json.dumps(epoch) + "\n" for epoch in self.metrics() if epoch["epoch"] <= last_epoch]
+        with atomic_write(self.path / "metrics.jsonl") as handle:
+            handle.write("".join(lines).encode())
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        with atomic_write(self.checkpoint_path) as handle:
+            torch.save({"version": _CHECKPOINT_VERSION, **state}, handle)
+
+    def load_checkpoint(self, fingerprint: dict[str, int | str]) -> dict[str, Any]:
+        """The state saved last, for the graph with this fingerprint only."""
+        path = self.checkpoint_path
+        if not path.exists():
+            raise InputError(f"run {str(self.path)!r} has no checkpoint yet; train it with --resume first")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises whatever the damaged bytes lead to
+            raise InputError(
+                f"{path} is not a readable checkpoint ({type(error).__name__}); start a new run"
+            ) from error
+        if not isinstance(state, dict) or state.get("version") != _CHECKPOINT_VERSION:
+            raise InputError(f"{path} is not a checkpoint of this version of vqgnn; start a new run")
+        saved = state["fingerprint"]
+        if saved != fingerprint:
+            sizes = " and ".join(f"{g['nodes']} nodes, {g['edges']} edges" for g in (saved, fingerprint))
+            same = saved["nodes"] == fingerprint["nodes"] and saved["edges"] == fingerprint["edges"]
+            detail = "features, labels, masks or edges differ" if same else sizes
+            raise InputError(
+                f"{path} belongs to another graph than {self.config.dataset!r} ({detail}); start a new run"
+            )
+        return state
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        with atomic_write(self.path / "summary.json") as handle:
+            handle.write((json.dumps(summary, indent=2) + "\n").encode())

@@ -1,0 +1,303 @@
+"""Training in mini-batches with exact evaluation of averaged weights, checkpoints, and an eye on the codebooks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch_geometric.nn import models
+from tqdm import tqdm
+
+from . import memory
+from .config import Config, InputError
+from .convert import convert, stores
+from .datasets import Dataset
+from .inference import layerwise
+from .loader import BatchLoader
+from .runs import Run
+
+SPLITS = ("train", "val", "test")
+_DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line that says what to try."""
+
+
+class NodeMLP(models.MLP):
+    """The reference that ignores the graph, called as the others are."""
+
+    def forward(self, x: Tensor, graph: object = None) -> Tensor:
+        return super().forward(x)
+
+
+def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Module:
+    """The PyG model of a config, with torch's current random state."""
+    options = {"norm": "batch_norm", "dropout": config.dropout}
+    if config.model == "mlp":
+        return NodeMLP([in_channels] + [config.hidden] * (config.layers - 1) + [out_channels], **options)
+    kind = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}[config.model]
+    return kind(in_channels, config.hidden, config.layers, out_channels, **options)
+
+
+def score(logits: Tensor, y: Tensor, multilabel: bool) -> float:
+    """Accuracy, or micro-averaged F1 of labels with a positive logit."""
+    if not multilabel:
+        return float((logits.argmax(1) == y).float().mean())
+    positive, true = logits > 0, y > 0.5
+    hits = int((positive & true).sum())
+    return 2 * hits / max(1, int(positive.sum()) + int(true.sum()))
+
+
+class Trainer:
+    """Trains one config on one graph; everything that decides the next step is in `state_dict`.
+
+    The weights that are evaluated, and kept where validation is best, are averages over the last steps: under exact
+    inference the last iterate jumps wildly.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, fill: bool = True):
+        """`fill=False` leaves the stores empty: their state is about to be loaded."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        memory.reset_peak()
+        self.base_memory = self.peak_memory = memory.resident()  # what the data and the libraries take
+        self.config, self.dataset, self.data = config, dataset, dataset.data
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.data.num_features, dataset.num_classes)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.average), use_buffers=True)
+        try:
+            self.loader = self._loader()
+            if config.model != "mlp":
+                convert(self.averaged.module, self.data, method="full")
+                options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
+                convert(self.model, self.data, method=config.method, **options)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.stores = stores(self.model)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        self.num_train = int(self.data.train_mask.sum())
+        self.epoch = 0  # epochs done
+        self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
+        self._warned: set[tuple[str, str]] = set()
+
+    def _loader(self) -> BatchLoader:
+        config, n = self.config, self.data.num_nodes
+        if config.method == "full" and config.model != "mlp":
+            return BatchLoader(self.data, batch_size=n)
+        num_parts, joined = config.parts_pair()
+        return BatchLoader(self.data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stores": {name: store.state_dict() for name, store in self.stores.items()},
+            "random_state": torch.get_rng_state(),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["config"] != asdict(self.config):
+            raise InputError("the checkpoint was made with another config than the run's config.json; start a new run")
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, store in self.stores.items():
+            store.load_state_dict(state["stores"][name])
+        torch.set_rng_state(state["random_state"])
+        self.best = state["best"]
+
+    def fit(self, run: Run) -> dict[str, Any]:
+        """Train to the last epoch, writing metrics and a checkpoint after each; return the summary."""
+        fingerprint = self.dataset.fingerprint()
+        run.keep_metrics(self.epoch)
+        batches = len(self.loader)
+        total, done = self.config.epochs * batches, self.epoch * batches
+        with tqdm(total=total, initial=done, unit="batch", mininterval=0.5) as bar:
+            while self.epoch < self.config.epochs:
+                bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
+                metrics = self.train_epoch(bar)
+                if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+                    metrics |= self.evaluate()
+                run.append_metrics(metrics)
+                run.save_checkpoint({"fingerprint": fingerprint, **self.state_dict()})
+                bar.set_postfix_str(_bar_text(metrics, self.dataset.metric))
+        summary = self.summary(run.metrics())
+        run.write_summary(summary)
+        return summary
+
+    def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
+        """One pass over all batches; its loss, seconds and the state of the stores."""
+        start = time.perf_counter()
+        updates = {name: store.stats().get("updates") for name, store in self.stores.items()}
+        total = 0.0
+        for step, batch in enumerate(self._batches()):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * self.learning_rate_factor(self.epoch * len(self.loader) + step)
+            loss_sum = self.loss_sum(self.model(batch.x, batch.graph), batch)
+            # The batch's share of the full-batch mean loss, scaled so that its gradient estimates the full one.
+            loss = loss_sum * (len(self.loader) / self.num_train)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.averaged.update_parameters(self.model)
+            total += float(loss_sum.detach())
+            if not math.isfinite(total):
+                raise TrainingError(f"the loss is {total} in epoch {self.epoch + 1}; try a smaller --lr")
+            if bar is not None:
+                bar.update()
+        seconds = time.perf_counter() - start
+        self.epoch += 1
+        after = {name: store.stats() for name, store in self.stores.items()}
+        self._note_peak()
+        return {
+            "epoch": self.epoch,
+            "loss": total / self.num_train,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 4),
+            **_store_health(after),
+            "warnings": self._warnings(updates, after),
+        }
+
+    def _batches(self) -> Iterator:
+        self.model.train()
+        self.loader.set_epoch(self.epoch)
+        return iter(self.loader)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to 0 at the last step, or constant."""
+        warmup, total = self.config.warmup_epochs * len(self.loader), self.config.epochs * len(self.loader)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def loss_sum(self, logits: Tensor, batch) -> Tensor:
+        """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
+        logits, y = logits[batch.train_mask], batch.y[batch.train_mask]
+        if self.dataset.multilabel:
+            return F.binary_cross_entropy_with_logits(logits, y, reduction="sum") / y.size(1)
+        return F.cross_entropy(logits, y, reduction="sum")
+
+    def predict(self, inference: str = "exact", progress: bool = False) -> Tensor:
+        """Logits [n, C] of every node by the averaged weights; the training store is only read."""
+        if self.config.model == "mlp":
+            model = self.averaged.module.eval()
+            with torch.no_grad():
+                return torch.cat([model(x) for x in self.data.x.split(65_536)])
+        if inference == "exact":
+            return layerwise(self.averaged.module, self.data, progress=progress)
+        if not self.stores:
+            raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
+        kept = copy.deepcopy(self.model.state_dict())
+        self.model.load_state_dict(self.averaged.module.state_dict())
+        try:
+            return layerwise(self.model, self.data, method=inference, progress=progress)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        finally:
+            self.model.load_state_dict(kept)
+
+    def scores(self, logits: Tensor) -> dict[str, float]:
+        """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1`."""
+        data, metric = self.data, self.dataset.metric
+        masks = {split: data[f"{split}_mask"] for split in SPLITS}
+        return {
+            f"{split}_{metric}": score(logits[mask], data.y[mask], self.dataset.multilabel)
+            for split, mask in masks.items()
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Exact scores of the averaged weights; the weights are kept where validation is best."""
+        start = time.perf_counter()
+        scores = self.scores(self.predict())
+        key = f"val_{self.dataset.metric}"
+        if not self.best["scores"] or scores[key] > self.best["scores"][key]:
+            weights = {name: value.clone() for name, value in self.averaged.module.state_dict().items()}
+            self.best = {"epoch": self.epoch, "scores": scores, "weights": weights}
+        self._note_peak()
+        return {**scores, "eval_seconds": round(time.perf_counter() - start, 4)}
+
+    def use_best(self) -> None:
+        """Evaluate and predict with the weights of the best validation epoch."""
+        if self.best["weights"]:
+            self.averaged.module.load_state_dict(self.best["weights"])
+
+    def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the final table shows; times in seconds, sizes in bytes."""
+        seconds = sorted(epoch["seconds"] for epoch in metrics)
+        return {
+            **self.best["scores"],
+            "best_epoch": self.best["epoch"],
+            "epochs": self.epoch,
+            "seconds_an_epoch": seconds[len(seconds) // 2],
+            "seconds_training": round(sum(seconds), 3),
+            "peak_memory": self.peak_memory,
+            "peak_memory_above_data": None if self.peak_memory is None else self.peak_memory - self.base_memory,
+            "store_bytes": sum(store.nbytes for store in self.stores.values()),
+            "store_bytes_fp32": sum(store.dense_nbytes for store in self.stores.values()),
+        }
+
+    def _note_peak(self) -> None:
+        if self.peak_memory is not None:
+            self.peak_memory = max(self.peak_memory, memory.peak())
+
+    def _warnings(self, updates: dict[str, int | None], after: dict[str, dict]) -> list[str]:
+        """What is wrong with the codebooks after an epoch; each kind is announced once a store."""
+        found = []
+        for name, stats in after.items():
+            if "updates" not in stats:
+                continue
+            if stats["updates"] <= updates[name]:
+                found.append((name, "stuck", f"codebook of {name} was not updated in epoch {self.epoch}"))
+            elif stats["dead"] > _DEAD or stats["perplexity"] < _COLLAPSED:
+                detail = f"{100 * stats['dead']:.0f} % dead codes, perplexity {stats['perplexity']:.1f}"
+                found.append(
+                    (name, "collapsed", f"codebook of {name} is collapsed ({detail}); try a smaller K or --lr")
+                )
+        for name, kind, text in found:
+            if (name, kind) not in self._warned:
+                self._warned.add((name, kind))
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return [text for _, _, text in found]
+
+
+def _store_health(stats: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Staleness (mean over the stores) and, with codebooks, the worst of each figure; `stores` has them one by one."""
+    if not stats:
+        return {}
+    worst = {"relative_error_x": max, "relative_error_grad": max, "perplexity": min, "dead": max}
+    health = {"staleness": sum(s["staleness"] for s in stats.values()) / len(stats)}
+    for key, pick in worst.items():
+        values = [s[key] for s in stats.values() if key in s]
+        if values:
+            health[key] = pick(values)
+    return {**health, "stores": stats}
+
+
+def _bar_text(metrics: dict[str, Any], metric: str) -> str:
+    parts = [f"loss {metrics['loss']:.3f}"]
+    parts += [f"{split} {metrics[f'{split}_{metric}']:.3f}" for split in SPLITS if f"{split}_{metric}" in metrics]
+    parts.append(f"{metrics['seconds']:.1f} s")
+    if "staleness" in metrics:
+        parts.append(f"stale {metrics['staleness']:.1f}")
+    if "perplexity" in metrics:
+        parts.append(f"perplexity {metrics['perplexity']:.0f}, dead {100 * metrics['dead']:.0f} %")
+    if metrics["warnings"]:
+        parts.append("UNHEALTHY")
+    return ", ".join(parts)

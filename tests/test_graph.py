@@ -1,0 +1,124 @@
+import pytest
+import torch
+from graphs import awkward_graph, dense_convolution, dense_rows
+from torch_geometric.data import Data
+from vqgnn import BatchGraph, Convolution, Graph
+from vqgnn import graph as graph_module
+
+CONVOLUTIONS = [
+    Convolution("gcn"),
+    Convolution("gcn", improved=True),
+    Convolution("gcn", add_self_loops=False),
+    Convolution("gcn", normalize=False, add_self_loops=False),
+    Convolution("mean"),
+    Convolution("sum"),
+]
+GRAPHS = [
+    pytest.param({"undirected": u, "weighted": w}, id=f"{'un' if u else ''}directed{'-weighted' if w else ''}")
+    for u in (False, True)
+    for w in (False, True)
+]
+
+
+def truth(data, convolution):
+    return dense_convolution(
+        data, convolution.kind, convolution.normalize, convolution.add_self_loops, convolution.improved
+    )
+
+
+@pytest.mark.parametrize("b", [1, 7, 39, 40])
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_batch_slices_are_rows_of_the_dense_matrix(convolution, kind, b):
+    data = awkward_graph(**kind)
+    expected = truth(data, convolution)
+    n_id = torch.randperm(40)[:b]
+    forward, backward = BatchGraph(Graph(data), n_id, data.x[n_id]).csr(convolution)
+    torch.testing.assert_close(dense_rows(forward, n_id, 40), expected[n_id], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(dense_rows(backward, n_id, 40), expected.t()[n_id], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_whole_batch_has_no_halo(kind):
+    data = awkward_graph(**kind)
+    graph = Graph(data)
+    batch = BatchGraph(graph, torch.arange(40), data.x)
+    assert batch.whole
+    for csr, expected in zip(batch.csr(Convolution("gcn")), (truth(data, Convolution("gcn")),) * 2, strict=True):
+        assert csr.halo.numel() == 0 and csr.col.max() < 40
+        expected = expected if csr is batch.csr(Convolution("gcn"))[0] else expected.t()
+        torch.testing.assert_close(dense_rows(csr, batch.n_id, 40), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_undirected_graphs_are_sliced_once():
+    shared = Graph(awkward_graph(undirected=True)).matrix(Convolution("mean"))
+    assert shared.symmetric_structure and shared.rowptr_t is shared.rowptr and shared.col_t is shared.col
+    assert not torch.equal(shared.weight, shared.weight_t)
+    assert not Graph(awkward_graph()).matrix(Convolution("mean")).symmetric_structure
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_product_is_c_x(convolution, monkeypatch):
+    monkeypatch.setattr(graph_module, "_CHUNK", 7)  # several chunks, the last one short
+    data = awkward_graph(weighted=True)
+    graph = Graph(data)
+    expected = (truth(data, convolution) @ data.x.double()).float()
+    torch.testing.assert_close(graph.product(convolution), expected, atol=1e-5, rtol=1e-5)
+    assert graph.product(convolution) is graph.product(convolution)
+    n_id = torch.tensor([39, 3, 0])
+    batch = BatchGraph(graph, n_id, data.x[n_id])
+    torch.testing.assert_close(batch.input_messages(convolution), expected[n_id], atol=1e-5, rtol=1e-5)
+
+
+def test_graph_is_built_once_and_again_when_a_tensor_is_replaced():
+    data = awkward_graph(weighted=True)
+    graph = Graph.of(data)
+    assert Graph.of(data) is graph
+    for key in ("x", "edge_index", "edge_weight"):
+        data[key] = data[key].clone()
+        assert Graph.of(data) is not graph, key
+        graph = Graph.of(data)
+    del data.edge_weight
+    assert Graph.of(data).edge_weight is None
+
+
+def test_double_weights_are_cast():
+    data = awkward_graph(weighted=True)
+    data.edge_weight = data.edge_weight.double()
+    for convolution in CONVOLUTIONS[2:4]:
+        weight = Graph(data).matrix(convolution).weight
+        assert weight.dtype == torch.float32
+
+
+def test_a_graph_without_edges():
+    data = Data(x=torch.randn(3, 2), edge_index=torch.empty(2, 0, dtype=torch.int64))
+    torch.testing.assert_close(Graph(data).product(Convolution("gcn")), data.x)
+    assert not Graph(data).product(Convolution("mean")).any()
+    assert not Graph(data).product(Convolution("sum")).any()
+
+
+X, EDGES = torch.randn(3, 2), torch.tensor([[0, 1], [1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Data(x=X, edge_index=EDGES.t()[:1]), r"data.edge_index must be a \[2, num_edges\] tensor, got .*1, 2"),
+        (Data(x=X), "data.edge_index must be .*NoneType"),
+        (Data(edge_index=EDGES, num_nodes=3), r"data.x must be \[num_nodes=3, features\], got None"),
+        (Data(x=X[0], edge_index=EDGES), "data.x must be"),
+        (Data(x=X.double(), edge_index=EDGES), "data.x must be float32, got torch.float64"),
+        (Data(x=X, edge_index=EDGES.int()), "data.edge_index must be int64, got torch.int32"),
+        (Data(x=X, edge_index=EDGES + 1), r"data.edge_index holds node ids 1..3, allowed are 0..2"),
+        (Data(x=X, edge_index=EDGES - 1), r"data.edge_index holds node ids -1..1, allowed are 0..2"),
+        (
+            Data(x=X, edge_index=EDGES, edge_weight=torch.ones(3)),
+            r"data.edge_weight must be \[num_edges=2\], got \[3\]",
+        ),
+        (Data(x=X, edge_index=EDGES, edge_weight=torch.ones(2, 1)), r"data.edge_weight must be .*got \[2, 1\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_data_is_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        Graph(data)
