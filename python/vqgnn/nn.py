@@ -29,12 +29,13 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo).
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
+    whole: bool = False
 
 
 class StoreConv:
@@ -45,8 +46,8 @@ class StoreConv:
     def forward(self, x, edge_index, *args, **kwargs):
         if not isinstance(edge_index, BatchGraph):
             return super().forward(x, edge_index, *args, **kwargs)
-        given = [*args, *(value for value in kwargs.values() if value is not None)]
-        if any(value is not None for value in given):
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if given:
             raise ValueError(
                 f"{type(self).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
                 "weights; set data.edge_weight before vqgnn.convert instead"
@@ -74,6 +75,11 @@ class StoreConv:
             raise ValueError(f"{type(self).__name__} got a batch graph before vqgnn.convert; convert the model first")
         if use.input == "precompute" and x is graph.x:
             return graph.input_messages(use.convolution)
+        if use.whole and not graph.whole:
+            raise ValueError(
+                f"method='full' got a batch of {graph.n_id.numel()} of {graph.graph.num_nodes} nodes; give BatchLoader "
+                "batch_size=data.num_nodes, or convert with another method"
+            )
         csr, csr_t = graph.csr(use.convolution)
         if use.input is not None:  # dropout came between: the halo is read exactly
             graph.graph.wanted[use.convolution, False] = None
