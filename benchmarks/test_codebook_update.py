@@ -93,7 +93,7 @@ def test_codebook_update(versus, K):
         size=f"b={b} m={M} K={K} dv={DV}",
         rounds=5,
         slow=("one_hot",),
-        slow_rounds=2,
+        slow_rounds=2 if K == 256 else 1,
     )
 
 
