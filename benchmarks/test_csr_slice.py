@@ -20,8 +20,8 @@ RELABEL = r"""
 #include <unordered_map>
 #include <vector>
 
-extern "C" int64_t relabel(const int64_t* rowptr, const int64_t* col, const float* value, const int64_t* nodes, int64_t b,
-                           int64_t* out_rowptr, int64_t* out_col, float* out_value, int64_t* n_id) {
+extern "C" int64_t relabel(const int64_t* rowptr, const int64_t* col, const float* value, const int64_t* nodes,
+                           int64_t b, int64_t* out_rowptr, int64_t* out_col, float* out_value, int64_t* n_id) {
   std::unordered_map<int64_t, int64_t> label;
   for (int64_t i = 0; i < b; ++i) label[nodes[i]] = i;
   std::vector<int64_t> halo;
@@ -75,7 +75,7 @@ def label_of(problem):
 
 def test_against_masks(versus, problem):
     """The official VQ-GNN's way: a boolean mask of the batch's nodes over every edge, once a direction and part."""
-    forward, backward, nodes = problem
+    forward, _, nodes = problem
     row = torch.repeat_interleave(torch.arange(170_000), forward[0].diff())
     col, weight = forward[1].long(), forward[2]
 
@@ -90,7 +90,7 @@ def test_against_masks(versus, problem):
                 parts.append((label[start[kept]], end[kept], weight[kept]))
         return parts
 
-    (rowptr_b, col_b, halo, weight_b), _ = both_directions(*problem)
+    (_, col_b, halo, weight_b), _ = both_directions(*problem)
     within, beyond = masks()[:2]
     own = col_b < nodes.numel()
     assert own.sum() == within[0].numel() and (~own).sum() == beyond[0].numel()
