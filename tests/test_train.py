@@ -108,8 +108,9 @@ def test_averaged_weights_follow_the_average():
     trainer.optimizer.step = note
     trainer.train_epoch()
     expected = history[0]
-    for weight in history[1:]:
-        expected = 0.9 * expected + 0.1 * weight
+    for t, weight in enumerate(history[1:], start=1):
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(trainer.averaged.module.state_dict()[name], expected)
 
 
