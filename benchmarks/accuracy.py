@@ -59,7 +59,7 @@ class Setting:
 
 
 SETTINGS = {
-    "amazon-computers": Setting("amazon-computers", 0.003, 0.5, full_epochs=300, batch_epochs=60, seeds=3, guess=0.4),
+    "amazon-computers": Setting("amazon-computers", 0.01, 0.3, full_epochs=300, batch_epochs=120, seeds=3, guess=0.4),
     "debian-bookworm": Setting("debian-bookworm", 0.01, 0.5, full_epochs=200, batch_epochs=40, seeds=3, guess=1.0),
     "ogbn-arxiv-ranks35": Setting(
         "ogbn-arxiv-tape", 0.01, 0.3, full_epochs=100, batch_epochs=30, seeds=1, guess=3.0, features="80:200"
