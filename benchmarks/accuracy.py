@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from epoch_worker import read_shared
+from epoch_worker import shared_data
+
+from vqgnn.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.csv"
@@ -40,26 +42,32 @@ BATCHES = 10  # mini-batches of 10 % of the nodes
 
 @dataclass(frozen=True)
 class Setting:
-    """One data set's hyper-parameters, the same for every method but for the number of epochs.
+    """One data set's hyper-parameters, the same for every method but for what counts steps.
 
-    A mini-batch epoch makes ten steps and a full-batch epoch one. `guess` is seconds an epoch of either on one core,
-    for the estimate before anything has been measured.
+    A mini-batch epoch makes ten steps and a full-batch epoch one: full batch gets more epochs, and averages its weights
+    over fewer steps. `guess` is seconds an epoch of either on one core, for the estimate before anything is measured.
     """
 
+    file: str
     lr: float
     dropout: float
     full_epochs: int
     batch_epochs: int
     seeds: int
     guess: float
+    features: str = ""
 
 
 SETTINGS = {
-    "amazon-computers": Setting(lr=0.01, dropout=0.5, full_epochs=300, batch_epochs=60, seeds=3, guess=0.4),
-    "debian-bookworm": Setting(lr=0.01, dropout=0.5, full_epochs=200, batch_epochs=40, seeds=3, guess=1.5),
-    "coauthor-physics": Setting(lr=0.003, dropout=0.5, full_epochs=60, batch_epochs=20, seeds=3, guess=5.0),
-    "ogbn-arxiv-ranks35": Setting(lr=0.01, dropout=0.3, full_epochs=100, batch_epochs=30, seeds=1, guess=5.0),
+    "amazon-computers": Setting("amazon-computers", 0.003, 0.5, full_epochs=300, batch_epochs=60, seeds=3, guess=0.4),
+    "debian-bookworm": Setting("debian-bookworm", 0.01, 0.5, full_epochs=200, batch_epochs=40, seeds=3, guess=1.0),
+    "ogbn-arxiv-ranks35": Setting(
+        "ogbn-arxiv-tape", 0.01, 0.3, full_epochs=100, batch_epochs=30, seeds=1, guess=3.0, features="80:200"
+    ),
+    "coauthor-physics": Setting("coauthor-physics", 0.003, 0.5, full_epochs=80, batch_epochs=12, seeds=3, guess=5.0),
 }
+FULL_AVERAGE, BATCH_AVERAGE = 0.95, 0.98  # decay a step
+EVALUATIONS = 40  # at most: a full-batch epoch is one step and need not be followed by an evaluation
 VARIANTS = (("full", ""), ("vq", "node"), ("vq", "cluster"), ("drop", "node"), ("drop", "cluster"), ("mlp", ""))
 
 
@@ -81,31 +89,35 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        return self.setting.batch_epochs if self.sampler else self.setting.full_epochs
+        return self.setting.full_epochs if self.method == "full" else self.setting.batch_epochs
 
     @property
-    def options(self) -> list[str]:
-        """What `vqgnn train` is told, but for files."""
-        given = {
-            "model": self.model,
-            "method": "full" if self.method == "mlp" else self.method,
+    def options(self) -> dict[str, object]:
+        """What `vqgnn train` is told, but for files and the batch size."""
+        setting = self.setting
+        options = {
+            "model": "mlp" if self.method == "mlp" else self.model,
+            "method": self.method,
+            "codec": self.codec,
+            "sampler": self.sampler,
+            "features": setting.features,
             "hidden": 128,
             "layers": 3,
-            "lr": self.setting.lr,
-            "dropout": self.setting.dropout,
+            "lr": setting.lr,
+            "dropout": setting.dropout,
+            "average": FULL_AVERAGE if self.method == "full" else BATCH_AVERAGE,
             "epochs": self.epochs,
+            "eval-every": math.ceil(self.epochs / EVALUATIONS),
             "seed": self.seed,
         }
-        if self.codec:
-            given["codec"] = self.codec
-        if self.sampler:
-            given["sampler"] = self.sampler
-        return [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+        if self.method == "mlp":
+            del options["method"]
+        return {key: value for key, value in options.items() if value != ""}
 
     @property
     def config(self) -> str:
         """Hash of all that decides the result."""
-        what = [self.dataset, self.method, BATCHES, *self.options]
+        what = [self.dataset, self.options] + [BATCHES] * (self.method != "full")
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
     @property
@@ -129,54 +141,50 @@ def planned(datasets: list[str], models: list[str], methods: list[str], samplers
     ]
 
 
-def write_dataset(name: str, edges: bool) -> Path:
-    """The graph as an `.npz` that `vqgnn train` reads; without edges the same trainer and model make an MLP."""
-    path = RUNS / "data" / f"{name}{'' if edges else '-no-edges'}.npz"
-    if path.exists():
-        return path
-    raw = read_shared(name)
-    keep = ("edge_index", "y", "train_mask", "val_mask", "test_mask")
-    arrays = {key: raw[key] for key in keep}
-    if raw["x_csr"] is None:
-        arrays["x"] = raw["x"]
-    else:
-        values, indices, indptr, shape = raw["x_csr"]
-        if name.startswith("coauthor"):
-            values = (values > 0).astype(np.float32)  # as PyG's Coauthor has them
-        arrays |= {"x_data": values, "x_indices": indices, "x_indptr": indptr, "x_shape": np.array(shape)}
-    if not edges:
-        arrays["edge_index"] = np.zeros((2, 0), np.int32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part.npz")
-    np.savez_compressed(part, **arrays)
-    part.replace(path)
+def dataset_file(name: str) -> Path:
+    """The `.npz` that `vqgnn train` reads. Coauthor counts become 0/1, as PyG has them, in a copy."""
+    source = shared_data() / f"{SETTINGS[name].file}.npz"
+    if not name.startswith("coauthor"):
+        return source
+    path = RUNS / "data" / f"{name}-binary.npz"
+    if not path.exists():
+        with np.load(source) as file:
+            arrays = dict(file)
+        arrays["x_data"] = (arrays["x_data"] > 0).astype(np.uint8)
+        with atomic_write(path) as handle:
+            np.savez_compressed(handle, **arrays)
     return path
 
 
 def train(run: Run, threads: int) -> dict:
     """One run in a process of its own; its row."""
-    data = RUNS / "data" / f"{run.dataset}{'-no-edges' if run.method == 'mlp' else ''}.npz"
-    folder = RUNS / run.name
-    command = [sys.executable, "-m", "vqgnn.cli", "train", "--dataset", str(data), *run.options, "--out", str(folder)]
-    if run.sampler:
-        with np.load(data) as arrays:
-            command += ["--batch-size", str(math.ceil(arrays["y"].shape[0] / BATCHES))]
-    if (folder / "checkpoint.safetensors").exists():
+    data, folder = dataset_file(run.dataset), RUNS / run.name
+    log_path = folder.with_suffix(".log")
+    command = [sys.executable, "-m", "vqgnn.cli", "train", "--out", str(folder)]
+    if (folder / "config.json").exists():  # interrupted
         command.append("--resume")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    else:
+        command += ["--dataset", str(data), "--threads", str(threads)]
+        command += [word for key, value in run.options.items() for word in (f"--{key}", str(value))]
+        if run.method != "full":
+            with np.load(data) as arrays:
+                command += ["--batch-size", str(math.ceil(arrays["y"].shape[0] / BATCHES))]
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("a") as log:
+        done = subprocess.run(command, env=child_environment(threads), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
-        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+        last = log_path.read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"{run.name}: exit code {done.returncode}: {' '.join(last)}")
     return row_of(run, folder)
 
 
+def child_environment(threads: int) -> dict[str, str]:
+    """Runs import the package as this process does, and take the threads that they are given."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(threads)}
+
+
 def row_of(run: Run, folder: Path) -> dict:
     """A finished run folder as a row: validation picks the epoch, exact inference with averaged weights gives both."""
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    best = max((epoch for epoch in epochs if epoch.get("val_acc") is not None), key=lambda epoch: epoch["val_acc"])
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "dataset": run.dataset,
@@ -186,12 +194,12 @@ def row_of(run: Run, folder: Path) -> dict:
         "codec": run.codec,
         "seed": run.seed,
         "epochs": run.epochs,
-        "best_val": round(best["val_acc"], 5),
-        "test": round(best["test_acc"], 5),
-        "train_seconds_epoch": round(statistics.median(epoch["seconds"] for epoch in epochs), 4),
-        "peak_mb": round(summary["peak_mb"]),
-        "state_bytes": summary["state_bytes"],
-        "dense_bytes": summary["dense_bytes"],
+        "best_val": round(summary["val_acc"], 5),
+        "test": round(summary["test_acc"], 5),
+        "train_seconds_epoch": round(summary["seconds_an_epoch"], 4),
+        "peak_mb": round(summary["peak_memory_above_data"] / 1e6),
+        "state_bytes": summary["store_bytes"],
+        "dense_bytes": summary["store_bytes_fp32"],
         "config": run.config,
     }
 
@@ -217,11 +225,12 @@ def append_row(path: Path, row: dict) -> None:
 def estimate(run: Run, rows: list[dict]) -> float:
     """Seconds a run will take: from runs of its kind where there are any, else from the setting's guess.
 
-    Exact inference after an epoch costs about as much as a training epoch.
+    An evaluation costs about half a training epoch.
     """
     kind = (run.dataset, run.model, run.method)
     known = [float(r["train_seconds_epoch"]) for r in rows if (r["dataset"], r["model"], r["method"]) == kind]
-    return 2 * run.epochs * (statistics.median(known) if known else run.setting.guess)
+    seconds = statistics.median(known) if known else run.setting.guess
+    return (run.epochs + min(run.epochs, EVALUATIONS) / 2) * seconds
 
 
 def run_all(runs: list[Run], jobs: int, threads: int, minutes: float) -> int:
@@ -239,8 +248,8 @@ def run_all(runs: list[Run], jobs: int, threads: int, minutes: float) -> int:
             append_row(RESULTS, row)
         return f"{run.name}: val {row['best_val']:.4f} test {row['test']:.4f} in {time.monotonic() - began:.0f} s"
 
-    for name, edges in sorted({(run.dataset, run.method != "mlp") for run in runs}):
-        write_dataset(name, edges)
+    for name in sorted({run.dataset for run in runs}):
+        dataset_file(name)
     with ThreadPoolExecutor(jobs) as pool:
         pending = [pool.submit(one, run) for run in runs]
         try:

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import vqgnn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn.models import GCN
 from torch_geometric.utils import coalesce, is_undirected, remove_self_loops
+
+import vqgnn
 
 try:
     import torch_sparse  # here, so that importing it counts as nobody's memory

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import vqgnn
 from conftest import device_name, report
 from epoch_worker import METHODS, adjacency, load_data, new_model, shared_data
+
+import vqgnn
 
 DATA = "ogbn-arxiv-ranks35"
 HAS_TORCH_SPARSE = importlib.util.find_spec("torch_sparse") is not None

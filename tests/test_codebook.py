@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+
 from vqgnn import Codebook
 
 D = 4

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from vqgnn.files import atomic_write
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from graphs import awkward_graph, dense_convolution, dense_rows
 from torch_geometric.data import Data
+
 from vqgnn import BatchGraph, Convolution, Graph
 from vqgnn import graph as graph_module
 

@@ -4,6 +4,7 @@ import threading
 import pytest
 import torch
 from graphs import awkward_graph, dense_convolution, dense_rows
+
 from vqgnn import BatchLoader, Convolution, Graph, partition
 
 SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import awkward_graph
+
 from vqgnn import partition
 from vqgnn.partition import cache_folder
 

@@ -3,6 +3,7 @@ import io
 
 import pytest
 import torch
+
 from vqgnn import Codec, NodeStore
 
 ROW_CODECS = ["fp32", "fp16", "int8", "int4"]

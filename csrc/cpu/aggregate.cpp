@@ -7,6 +7,12 @@
 #include "cpu/table.h"
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu/dispatch.h"
 
@@ -71,55 +77,86 @@ void add_rows(const List& list, const Output& out) {
   }
 }
 
-// nb branches of d dimensions from branch j on. The codes become byte offsets into these branches' codewords.
-template <typename Code, int d, int nb>
+// Up to 8 codes of a row in one or two words, taken apart by shifts: cheaper than one load each.
+template <int nb>
+struct Codes8 {
+  uint64_t word;
+  VQGNN_INLINE Codes8(const char* p, uint16_t) {
+    word = nb == 8 ? load<uint64_t>(p) : nb == 2 ? load<uint16_t>(p) : uint8_t(*p);
+  }
+  VQGNN_INLINE uint64_t operator[](int v) const { return (word >> (8 * v)) & 0xff; }
+};
+
+template <int nb>
+struct Codes16 {  // clamped to the last codeword
+  uint64_t word[2];
+  VQGNN_INLINE Codes16(const char* p, uint16_t last) {
+    if (nb == 8) {
+      using Eight = Vec<uint16_t, 8>;
+      const Eight codes = load<Eight>(p);
+      const auto words = (Vec<uint64_t, 2>)(codes < last ? codes : Eight{} + last);
+      word[0] = words[0];
+      word[1] = words[1];
+    } else {
+      word[0] = std::min(load<uint16_t>(p), last);
+      if (nb == 2) word[0] |= uint64_t(std::min(load<uint16_t>(p + 2), last)) << 16;
+    }
+  }
+  VQGNN_INLINE uint64_t operator[](int v) const { return (word[v / 4] >> (16 * (v % 4))) & 0xffff; }
+};
+
+// nb branches of d dimensions from branch j on. Codes8 needs a codebook of 256 codewords a branch.
+template <typename Codes, int d, int nb>
 void add_branches(const List& list, const Output& out, const Table& table, int64_t j) {
-  using Codeword = Vec<float, d>;
-  using Index = Vec<uint32_t, nb>;
-  const char* codewords = (const char*)(table.codebook + j * table.K * d);
-  const uint32_t last = uint32_t(table.K - 1);
-  Index branch;
-  for (int v = 0; v < nb; ++v) branch[v] = uint32_t(v * table.K);
+  constexpr int width = d < kLanes ? d : kLanes, parts = d / width;
+  using Part = Vec<float, width>;
+  constexpr bool bytes = std::is_same<Codes, Codes8<nb>>::value;
+  constexpr int64_t code_bytes = bytes ? 1 : 2;
+  const int64_t num_codes = bytes ? 256 : table.K;
+  const float* codewords = table.codebook + j * num_codes * d;
+  const uint16_t last = uint16_t(table.K - 1);
   int k = 0;
   for (int i = 0; i < out.num_rows; ++i) {
     const int end = list.end[i];
     if (k == end) continue;
     float* sums = out.first + i * out.f + j * d;
-    Codeword acc[nb];
-    for (int v = 0; v < nb; ++v) acc[v] = load<Codeword>(sums + v * d);
+    Part acc[nb * parts];
+    for (int v = 0; v < nb * parts; ++v) acc[v] = load<Part>(sums + v * width);
     for (; k < end; ++k) {
       if (j == 0) {
         for (int64_t byte = 0; byte < table.row_bytes; byte += 64) __builtin_prefetch(list.row[k + kAhead] + byte);
       }
       const float weight = list.weight[k];
-      Index index = __builtin_convertvector(load<Vec<Code, nb>>(list.row[k] + j * sizeof(Code)), Index);
-      index = ((index < last ? index : last) + branch) * uint32_t(d * sizeof(float));
-      uint32_t offset[nb];
-      store(offset, index);
-      for (int v = 0; v < nb; ++v) acc[v] += weight * load<Codeword>(codewords + offset[v]);
+      const Codes codes(list.row[k] + j * code_bytes, last);
+      for (int v = 0; v < nb; ++v) {
+        const float* codeword = codewords + (v * num_codes + codes[v]) * d;
+        for (int t = 0; t < parts; ++t) {
+          acc[v * parts + t] += weight * load<Part>(codeword + t * width);
+        }
+      }
     }
-    for (int v = 0; v < nb; ++v) store(sums + v * d, acc[v]);
+    for (int v = 0; v < nb * parts; ++v) store(sums + v * width, acc[v]);
   }
 }
 
-template <typename Code, int d>
+template <template <int> class Codes, int d>
 int64_t add_whole_branches(const List& list, const Output& out, const Table& table) {
   const int64_t m = std::min(table.m, out.f / d);
   int64_t j = 0;
-  for (; j + 8 <= m; j += 8) add_branches<Code, d, 8>(list, out, table, j);
-  for (; j + 2 <= m; j += 2) add_branches<Code, d, 2>(list, out, table, j);
-  for (; j < m; ++j) add_branches<Code, d, 1>(list, out, table, j);
+  for (; j + 8 <= m; j += 8) add_branches<Codes<8>, d, 8>(list, out, table, j);
+  for (; j + 2 <= m; j += 2) add_branches<Codes<2>, d, 2>(list, out, table, j);
+  for (; j < m; ++j) add_branches<Codes<1>, d, 1>(list, out, table, j);
   return m;
 }
 
-template <typename Code>
+template <typename Code, template <int> class Codes>
 void add_codes(const List& list, const Output& out, const Table& table) {
   if (list.count == 0) return;
   const int64_t d = table.d, last = table.K - 1;
   int64_t done = 0;
-  if (d == 4) done = add_whole_branches<Code, 4>(list, out, table);
-  if (d == 8) done = add_whole_branches<Code, 8>(list, out, table);
-  if (d == 16) done = add_whole_branches<Code, 16>(list, out, table);
+  if (d == 4) done = add_whole_branches<Codes, 4>(list, out, table);
+  if (d == 8) done = add_whole_branches<Codes, 8>(list, out, table);
+  if (d == 16) done = add_whole_branches<Codes, 16>(list, out, table);
   for (int64_t j = done; j < table.m && j * d < out.f; ++j) {  // other d, and a branch that f cuts short
     const float* codewords = table.codebook + j * table.K * d;
     const int64_t width = std::min(d, out.f - j * d);
@@ -142,8 +179,8 @@ void add_table(const List& list, const Output& out, const Table& table) {
     case Codec::fp16: return add_rows<ReadHalf>(list, out);
     case Codec::int8: return add_rows<ReadByte>(list, out);
     case Codec::int4: return add_rows<ReadNibble>(list, out);
-    case Codec::pq8: return add_codes<uint8_t>(list, out, table);
-    case Codec::pq16: return add_codes<uint16_t>(list, out, table);
+    case Codec::pq8: return add_codes<uint8_t, Codes8>(list, out, table);
+    case Codec::pq16: return add_codes<uint16_t, Codes16>(list, out, table);
   }
 }
 
@@ -234,13 +271,35 @@ bool add_chunk(const Problem& p, int64_t row0, int64_t row1, float* out, List& o
   return good;
 }
 
+// A large fresh output costs more in 4 kB page faults than half of the sums: ask for 2 MB pages.
+void ask_for_large_pages(float* out, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (uintptr_t(out) + page - 1) / page * page, end = (uintptr_t(out) + bytes) / page * page;
+  if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)out, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 // False when rowptr, col or halo holds an entry out of range; out is then unspecified.
 bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows, const int32_t* col,
                int64_t num_edges, const float* weight, const int64_t* halo, int64_t num_halo, const Table& table,
                float* out) {
-  const Problem p{x, b, f, rowptr, col, num_edges, weight, halo, num_halo, table};
+  Problem p{x, b, f, rowptr, col, num_edges, weight, halo, num_halo, table};
+  std::vector<float> padded;
+  if (table.codec == Codec::pq8 && table.K < 256) {  // repeat the last codeword, so that no byte points outside
+    padded.resize(table.m * 256 * table.d);
+    for (int64_t k = 0; k < table.m * 256; ++k) {
+      const int64_t j = k / 256, code = std::min(k % 256, table.K - 1);
+      std::copy_n(table.codebook + (j * table.K + code) * table.d, table.d, padded.data() + k * table.d);
+    }
+    p.table.codebook = padded.data();
+    p.table.K = 256;
+  }
+  ask_for_large_pages(out, num_rows * f * int64_t(sizeof(float)));
   bool good = rowptr[0] == 0 && rowptr[num_rows] == num_edges;
   const int64_t num_chunks = (num_rows + kChunkRows - 1) / kChunkRows;
 #pragma omp parallel reduction(&& : good)

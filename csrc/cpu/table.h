@@ -52,16 +52,34 @@ using Vec = typename VecOf<T, n>::type;
 using Floats = Vec<float, kLanes>;
 using Ints = Vec<int32_t, kLanes>;
 
+// Unaligned. A dereference, not memcpy, which GCC 12 may route through general registers.
 template <typename V>
 VQGNN_INLINE V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(V));
-  return v;
+  typedef V Loose __attribute__((aligned(1), may_alias));
+  return *(const Loose*)p;
 }
 
 template <typename V>
 VQGNN_INLINE void store(void* p, const V& v) {
-  std::memcpy(p, &v, sizeof(V));
+  typedef V Loose __attribute__((aligned(1), may_alias));
+  *(Loose*)p = v;
+}
+
+template <int n>
+VQGNN_INLINE Vec<uint32_t, n> load_wide(const uint8_t* p) {  // n bytes, zero-extended
+#if VQGNN_ISA_avx2 || VQGNN_ISA_avx512
+  // GCC 12 takes __builtin_convertvector apart, value by value.
+  if constexpr (n == 8) return (Vec<uint32_t, 8>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+  return __builtin_convertvector(load<Vec<uint8_t, n>>(p), Vec<uint32_t, n>);
+}
+
+template <int n>
+VQGNN_INLINE Vec<uint32_t, n> load_wide(const uint16_t* p) {
+#if VQGNN_ISA_avx2 || VQGNN_ISA_avx512
+  if constexpr (n == 8) return (Vec<uint32_t, 8>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
+  return __builtin_convertvector(load<Vec<uint16_t, n>>(p), Vec<uint32_t, n>);
 }
 
 VQGNN_INLINE float bits_to_float(uint32_t bits) {
@@ -137,10 +155,8 @@ struct ReadByte {
   static VQGNN_INLINE Floats vector(const char* row, int64_t c, Affine a) {
 #if VQGNN_ISA_avx512
     const Ints q = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + c)));
-#elif VQGNN_ISA_avx2
-    const Ints q = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + c)));
 #else
-    const Ints q = __builtin_convertvector(load<Vec<uint8_t, kLanes>>(row + c), Ints);
+    const Ints q = (Ints)load_wide<kLanes>((const uint8_t*)row + c);
 #endif
     return __builtin_convertvector(q, Floats) * a.scale + a.offset;
   }

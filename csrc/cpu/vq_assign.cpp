@@ -70,13 +70,7 @@ void load_tile(const Problem& p, int64_t first, int64_t count, int64_t j, float*
   }
 }
 
-inline Floats smaller(Floats a, Floats b) {
-#if defined(VQGNN_ISA_avx2)  // gcc makes two instructions of the line below
-  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 // Place of the first lowest score of a group; any place when there are NaNs.
 inline int lowest(Group s) {

@@ -86,7 +86,7 @@ def convert(
             if conv not in calls:
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
             dim, sees_features = calls[conv]
-            use = uses[conv] = StoreUse(conv.convolution())
+            use = uses[conv] = StoreUse(conv.convolution(), whole=method == "full")
             if sees_features and input != "codes":
                 use.input = "rows" if input == "rows" else "precompute"
             elif input == "precompute" and index == 0:

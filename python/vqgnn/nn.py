@@ -8,11 +8,13 @@ the conv's input and the gradient of M.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor
+from torch_geometric.typing import OptPairTensor, OptTensor
 
 from vqgnn_kernels import aggregate
 
@@ -27,12 +29,13 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo).
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
+    whole: bool = False
 
 
 class StoreConv:
@@ -43,8 +46,8 @@ class StoreConv:
     def forward(self, x, edge_index, *args, **kwargs):
         if not isinstance(edge_index, BatchGraph):
             return super().forward(x, edge_index, *args, **kwargs)
-        given = [*args, *(value for value in kwargs.values() if value is not None)]
-        if any(value is not None for value in given):
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if given:
             raise ValueError(
                 f"{type(self).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
                 "weights; set data.edge_weight before vqgnn.convert instead"
@@ -72,6 +75,11 @@ class StoreConv:
             raise ValueError(f"{type(self).__name__} got a batch graph before vqgnn.convert; convert the model first")
         if use.input == "precompute" and x is graph.x:
             return graph.input_messages(use.convolution)
+        if use.whole and not graph.whole:
+            raise ValueError(
+                f"method='full' got a batch of {graph.n_id.numel()} of {graph.graph.num_nodes} nodes; give BatchLoader "
+                "batch_size=data.num_nodes, or convert with another method"
+            )
         csr, csr_t = graph.csr(use.convolution)
         if use.input is not None:  # dropout came between: the halo is read exactly
             graph.graph.wanted[use.convolution, False] = None
@@ -115,6 +123,9 @@ def _require(conv, allowed: bool, option: str, came, what: str) -> None:
 class GCNConv(StoreConv, pyg.GCNConv):
     """PyG's GCNConv (Kipf & Welling): C = D^-1/2 (A + I) D^-1/2 of the whole graph."""
 
+    # PyG reads these types from the source of a class and, for a subclass, does not find them
+    propagate_type: ClassVar = {"x": Tensor, "edge_weight": OptTensor}
+
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
         _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
@@ -126,6 +137,8 @@ class GCNConv(StoreConv, pyg.GCNConv):
 
 class SAGEConv(StoreConv, pyg.SAGEConv):
     """PyG's SAGEConv (Hamilton et al.) with mean or sum aggregation: C = D^-1 A or A."""
+
+    propagate_type: ClassVar = {"x": OptPairTensor}
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
@@ -144,6 +157,8 @@ class SAGEConv(StoreConv, pyg.SAGEConv):
 
 class GINConv(StoreConv, pyg.GINConv):
     """PyG's GINConv (Xu et al.): C = A, the node itself enters with weight 1 + epsilon."""
+
+    propagate_type: ClassVar = {"x": OptPairTensor}
 
     def convolution(self) -> Convolution:
         _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")

@@ -87,6 +87,9 @@ def _values_impl(rowptr, nodes, rowptr_b, values):
         if sliced is not None:
             return sliced
     check_entries(rowptr, values.shape[0], nodes)
+    degree = rowptr[nodes + 1] - rowptr[nodes]
+    if not torch.equal(rowptr_b, torch.cat([degree.new_zeros(1), degree.cumsum(0)])):
+        raise ValueError("rowptr_b is not the nodes' degrees summed up; pass what csr_slice returned for these nodes")
     return reference.csr_slice_values(rowptr, nodes, rowptr_b, values)
 
 

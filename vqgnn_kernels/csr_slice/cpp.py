@@ -10,6 +10,8 @@ def csr_slice(rowptr: Tensor, col: Tensor, nodes: Tensor) -> tuple[Tensor, Tenso
     """None when a node comes twice or an entry is out of range."""
     rowptr, col, nodes = rowptr.contiguous(), col.contiguous(), nodes.contiguous()
     n, b = rowptr.shape[0] - 1, nodes.shape[0]
+    if n < 0:
+        return None
     rowptr_b = torch.empty(b + 1, dtype=torch.int64)
     if not _C.csr_slice_rowptr(rowptr.data_ptr(), n, col.shape[0], nodes.data_ptr(), b, rowptr_b.data_ptr()):
         return None

@@ -1,0 +1,112 @@
+"""aggregate against torch.sparse: the whole graph from stored rows, and one training batch.
+
+pytest benchmarks/test_aggregate.py [-k small] --rows rows.csv
+"""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from conftest import report
+from graphs import power_law_csr
+
+from vqgnn_kernels import CSR, Rows, aggregate, csr_slice, csr_slice_values, pull_rows, push_rows
+
+F = 128
+SIZES = {"small": (170_000, 2_300_000), "large": (2_000_000, 25_000_000)}
+
+
+@functools.lru_cache(maxsize=1)
+def graph(size):
+    num_nodes, num_edges = SIZES[size]
+    rowptr, col, weight = power_law_csr(num_nodes, num_edges)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "sparse CSR is in beta"
+        # 32-bit indices: torch's faster form
+        matrix = torch.sparse_csr_tensor(rowptr.int(), col, weight, (num_nodes, num_nodes), check_invariants=False)
+    return CSR(rowptr, col, weight, None), matrix
+
+
+def code_rows(num_nodes, d, num_codes):
+    codes = torch.randint(num_codes, (num_nodes, F // d), dtype=torch.int16)
+    return Rows("pq", codes.to(torch.uint8) if num_codes <= 256 else codes, None, torch.randn(F // d, num_codes, d))
+
+
+def check(ours, peer):
+    """Sums of up to thousands of terms in different orders."""
+    torch.testing.assert_close(ours(), peer(), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_codes", [256, 1024])
+@pytest.mark.parametrize("d", [4, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_codes(versus, request, size, d, num_codes):
+    csr, matrix = graph(size)
+    num_nodes = SIZES[size][0]
+    rows, x = code_rows(num_nodes, d, num_codes), torch.empty(0, F)
+    decoded = pull_rows(rows, None, F)
+    peers = {"decode_then_torch_csr": lambda: matrix @ pull_rows(rows, None, F), "torch_csr": lambda: matrix @ decoded}
+
+    def ours():
+        return aggregate(x, csr, rows)
+
+    check(ours, peers["torch_csr"])
+    label = f"n={num_nodes} e={SIZES[size][1]} f={F} d={d} K={num_codes}"
+    versus(ours, peers, size=label, rounds=7 if size == "small" else 3, memory=True)
+    state = rows.data.nbytes + rows.codebook.nbytes
+    row = {
+        "benchmark": request.node.name,
+        "size": label,
+        "state_mb": state / 1e6,
+        "dense_state_mb": decoded.nbytes / 1e6,
+    }
+    report(request.config, {"device": "memory", **row, "dense_over_ours": decoded.nbytes / state})
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("size", SIZES)
+def test_rows(versus, size, codec):
+    csr, matrix = graph(size)
+    num_nodes = SIZES[size][0]
+    x, dense = torch.empty(0, F), torch.randn(num_nodes, F)
+    rows = Rows("fp32", dense)
+    if codec != "fp32":
+        width = F // 2 if codec == "int4" else F
+        data = torch.empty(num_nodes, width, dtype=torch.float16 if codec == "fp16" else torch.uint8)
+        rows = Rows(codec, data, torch.empty(num_nodes, 2, dtype=torch.bfloat16) if codec[0] == "i" else None)
+        push_rows(rows, torch.arange(num_nodes), dense)
+        dense = pull_rows(rows, None, F)
+
+    def ours():
+        return aggregate(x, csr, rows)
+
+    def torch_csr():
+        return matrix @ dense
+
+    check(ours, torch_csr)
+    label = f"n={num_nodes} e={SIZES[size][1]} f={F}"
+    versus(ours, {"torch_csr": torch_csr}, size=label, rounds=7 if size == "small" else 3, memory=True)
+
+
+def test_batch(versus):
+    """A random batch of 10 %: most columns are halo. The peer pulls the halo, joins it to x and multiplies."""
+    csr, _ = graph("small")
+    num_nodes = SIZES["small"][0]
+    rows = code_rows(num_nodes, 4, 256)
+    nodes = torch.randperm(num_nodes)[: num_nodes // 10]
+    rowptr_b, col_b, halo = csr_slice(csr.rowptr, csr.col, nodes)
+    batch = CSR(rowptr_b, col_b, csr_slice_values(csr.rowptr, nodes, rowptr_b, csr.weight), halo)
+    x = torch.randn(nodes.numel(), F)
+    shape = (nodes.numel(), nodes.numel() + halo.numel())
+    matrix = torch.sparse_csr_tensor(rowptr_b.int(), col_b, batch.weight, shape, check_invariants=False)
+
+    def ours():
+        return aggregate(x, batch, rows)
+
+    def pull_then_torch_csr():
+        return matrix @ torch.cat([x, pull_rows(rows, halo, F)])
+
+    check(ours, pull_then_torch_csr)
+    label = f"b={shape[0]} halo={halo.numel()} e={col_b.numel()} f={F}"
+    versus(ours, {"pull_then_torch_csr": pull_then_torch_csr}, size=label, rounds=15, memory=True)

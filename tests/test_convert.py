@@ -1,0 +1,176 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from graphs import awkward_graph
+from torch import nn
+from torch_geometric.nn.models import GCN, GIN, GraphSAGE
+
+import vqgnn
+from vqgnn.nn import StoreConv
+
+MODELS = [GCN, GraphSAGE, GIN]
+METHODS = ["vq", "gas", "lmc", "drop", "full"]
+
+
+@pytest.fixture
+def data():
+    return awkward_graph()
+
+
+def whole(data):
+    return next(iter(vqgnn.BatchLoader(data, batch_size=data.num_nodes, prefetch=0)))
+
+
+def step(model, x, graph, y):
+    return F.cross_entropy(model(x, graph), y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", MODELS)
+def test_converted_models_equal_pygs(build, method, data):
+    theirs = build(6, 8, 3, 3, norm="batch_norm", jk="cat")
+    ours = vqgnn.convert(copy.deepcopy(theirs), data, method=method)
+    batch = whole(data)
+    expected = step(theirs, data.x, data.edge_index, data.y)
+    loss = step(ours, batch.x, batch.graph, batch.y)
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_stores_are_there_where_state_is_needed(data):
+    def names(**options):
+        return list(vqgnn.stores(vqgnn.convert(GCN(6, 8, 3, 3), data, **options)))
+
+    assert names() == ["convs.1", "convs.2"]  # the input layer needs none
+    assert names(input="codes") == ["convs.0", "convs.1", "convs.2"]
+    assert names(method="drop") == names(method="full") == []
+    model = vqgnn.convert(GCN(6, 8, 2, 3), data, codec="pq:d=2,k=7", decay=0.5, grad=False)
+    (store,) = vqgnn.stores(model).values()
+    assert str(store.codec) == "pq:d=2,k=7" and store.codebook.decay == 0.5 and not store.grad
+
+
+def test_filled_stores_hold_the_exact_states(data):
+    model = GCN(6, 8, 2, 3).eval()
+    hidden = model.convs[0](data.x, data.edge_index).relu()
+    vqgnn.convert(model, data, method="gas")
+    torch.testing.assert_close(vqgnn.stores(model)["convs.1"].pull(), hidden, atol=1e-5, rtol=1e-5)
+    model = vqgnn.convert(GCN(6, 8, 2, 3), data, method="gas", fill=False)
+    assert not vqgnn.stores(model)["convs.1"].pull().any()
+
+
+def test_convert_again_with_another_method(data):
+    model = GCN(6, 8, 3, 3)
+    expected = model.eval()(data.x, data.edge_index)
+    for method, count in (("vq", 2), ("gas", 2), ("full", 0), ("lmc", 2)):
+        assert vqgnn.convert(model, data, method=method) is model
+        assert len(vqgnn.stores(model)) == count
+        batch = whole(data)
+        torch.testing.assert_close(model(batch.x, batch.graph), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_optimisers_and_hooks_made_before_go_on(data):
+    model = GCN(6, 8, 2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    model.convs[1].register_forward_hook(lambda *_: seen.append(1))
+    before = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    vqgnn.convert(model, data, method="gas")
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    seen.clear()
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20)))
+    step(model, batch.x, batch.graph, batch.y).backward()
+    optimizer.step()
+    assert seen and all(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_deep_copy_has_stores_of_its_own(data):
+    model = vqgnn.convert(GCN(6, 8, 2, 3), data, method="lmc")
+    other = copy.deepcopy(model)
+    before = {k: v.clone() for k, v in vqgnn.stores(model)["convs.1"].state_dict().items()}
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20)))
+    step(other, batch.x, batch.graph, batch.y).backward()
+    assert int(vqgnn.stores(other)["convs.1"].step) == int(before["step"]) + 1
+    for key, value in vqgnn.stores(model)["convs.1"].state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = pyg.GCNConv(6, 6)
+
+    def forward(self, x, graph):
+        return self.conv(self.conv(x, graph).relu(), graph)
+
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = pyg.GCNConv(6, 6), pyg.GCNConv(6, 6)
+
+    def forward(self, x, graph):
+        return self.a(x, graph)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 3)), {}, "has no PyG convs"),
+        (lambda: pyg.GAT(6, 8, 2, 3), {}, "GATConv; supported are GCNConv, SAGEConv, GINConv"),
+        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATConv(6, 3)]), {}, "GATConv; supported"),
+        (lambda: pyg.SAGEConv(6, 3, aggr="max"), {}, r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),
+        (lambda: pyg.GCNConv(6, 3, aggr="max"), {}, r"GCNConv\(aggr='max'\).*use aggr='sum'"),
+        (lambda: pyg.GINConv(nn.Linear(6, 3), aggr="mean"), {}, r"GINConv\(aggr='mean'\).*use aggr='sum'"),
+        (lambda: pyg.GCNConv(6, 3, flow="target_to_source"), {}, "use flow='source_to_target'"),
+        (lambda: GCN(-1, 8, 2, 3), {}, "lazy parameters.*run it once"),
+        (Twice, {}, "called twice in one forward; give each call a conv of its own"),
+        (Unreached, {}, "'b' is not reached"),
+        (lambda: GCN(6, 8, 2, 3), {"method": "sage"}, "method='sage' is unknown; choose one of vq, gas, lmc"),
+        (lambda: GCN(6, 8, 2, 3), {"input": "exact"}, "input='exact' is unknown"),
+        (lambda: GCN(6, 8, 2, 3), {"codec": "fp32"}, "does not go with method='vq'; use pq"),
+        (lambda: GCN(6, 8, 2, 3), {"method": "gas", "codec": "pq:d=4,k=8"}, "use fp32, fp16, int8 or int4"),
+        (lambda: GCN(6, 8, 2, 3), {"method": "drop", "codec": "fp32"}, "keeps no state"),
+        (lambda: GCN(6, 8, 2, 3), {"method": "gas", "decay": 0.5}, "has no codebook"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data):
+    model = build()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        vqgnn.convert(model, data, **options)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(isinstance(module, StoreConv) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("vq", {"codec": "pq:d=4,k=8"}), ("vq", {"codec": "pq:d=4,k=8", "grad": False}), ("gas", {}), ("lmc", {})],
+    ids=["vq", "vq-no-grad", "gas", "lmc"],
+)
+def test_compiled_training_steps_are_the_eager_ones(method, options, data):
+    torch._dynamo.reset()
+    eager = vqgnn.convert(GCN(6, 8, 2, 3), data, method=method, **options)
+    compiled = copy.deepcopy(eager)
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (store,), (compiled_store,) = vqgnn.stores(eager).values(), vqgnn.stores(compiled).values()
+    start = int(store.step)
+    for batch in vqgnn.BatchLoader(data, batch_size=20):
+        loss = step(eager, batch.x, batch.graph, batch.y)
+        other = compiled_step(compiled, batch.x, batch.graph, batch.y)
+        torch.testing.assert_close(other, loss)
+        loss.backward()
+        other.backward()
+        for a, b in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert int(store.step) == start + 2
+    for key, value in store.state_dict().items():
+        torch.testing.assert_close(compiled_store.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
