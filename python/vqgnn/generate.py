@@ -10,12 +10,12 @@ import numpy as np
 from .config import InputError
 from .files import atomic_write
 
-_VERSION = 1  # part of the cache's file names; raise it when the generator's result changes
+_VERSION = 2  # part of the cache's file names; raise it when the generator's result changes
 _COMMUNITIES = 10  # a class
 _POWER_LAW = 2.6  # exponent of the degree distribution
-_SAME_COMMUNITY = _SAME_CLASS = 0.43  # shares of edges that stay in the community, in the class; the rest goes anywhere
-_LABEL_NOISE = 0.13  # share of nodes with a random label: no model gets these right
-_SIGNAL = 0.22  # length of a community's mean feature against the noise's
+_SAME_COMMUNITY = _SAME_CLASS = 0.47  # shares of edges that stay in the community, in the class; the rest goes anywhere
+_LABEL_NOISE = 0.4  # share of random labels among the least connected nodes (a quarter of all nodes): a ceiling for all
+_SIGNAL = 0.24  # length of a community's mean feature against the noise's
 _NOISE_SPREAD = 1.2  # log-standard deviation of the noise from node to node: some nodes are clear, most are not
 _TRAIN, _VAL = 0.54, 0.18
 
@@ -76,14 +76,15 @@ class GeneratedGraph:
         class_share = rng.dirichlet(np.full(self.classes, 3.0))
         community = np.sort(rng.choice(groups, n, p=class_share[class_of] / _COMMUNITIES))
         label = class_of[community]
-        edge_index = self._edges(rng, community, label)
+        weight = np.minimum((1 - rng.random(n)) ** (-1 / (_POWER_LAW - 1)), 3 * np.sqrt(n))  # 1 and more
+        edge_index = self._edges(rng, community, label, weight)
 
         mean = rng.standard_normal((self.classes, self.features))[class_of]
         mean = _SIGNAL * (mean + 0.7 * rng.standard_normal((groups, self.features)))
         x = rng.standard_normal((n, self.features), dtype=np.float32)
         x *= np.exp(_NOISE_SPREAD * rng.standard_normal((n, 1), dtype=np.float32))
         x += mean.astype(np.float32)[community]
-        y = np.where(rng.random(n) < _LABEL_NOISE, rng.choice(self.classes, n, p=class_share), label)
+        y = np.where(rng.random(n) < _LABEL_NOISE / weight, rng.choice(self.classes, n, p=class_share), label)
 
         place = rng.permutation(n)  # node ids must not tell the communities
         order = np.argsort(place)
@@ -99,10 +100,11 @@ class GeneratedGraph:
             "num_classes": np.int64(self.classes),
         }
 
-    def _edges(self, rng: np.random.Generator, community: np.ndarray, label: np.ndarray) -> np.ndarray:
+    def _edges(
+        self, rng: np.random.Generator, community: np.ndarray, label: np.ndarray, weight: np.ndarray
+    ) -> np.ndarray:
         """[2, num_edges] distinct undirected edges without self loops."""
         n, wanted = self.n, self.num_edges
-        weight = np.minimum((1 - rng.random(n)) ** (-1 / (_POWER_LAW - 1)), 3 * np.sqrt(n))
         running = np.concatenate([[0.0], np.cumsum(weight)])
 
         def draw(low: np.ndarray, high: np.ndarray) -> np.ndarray:
