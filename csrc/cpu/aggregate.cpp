@@ -123,9 +123,6 @@ void add_branches(const List& list, const Output& out, const Table& table, int64
     Part acc[nb * parts];
     for (int v = 0; v < nb * parts; ++v) acc[v] = load<Part>(sums + v * width);
     for (; k < end; ++k) {
-      if (j == 0) {
-        for (int64_t byte = 0; byte < table.row_bytes; byte += 64) __builtin_prefetch(list.row[k + kAhead] + byte);
-      }
       const float weight = list.weight[k];
       const Codes codes(list.row[k] + j * code_bytes, last);
       for (int v = 0; v < nb; ++v) {
@@ -206,6 +203,8 @@ bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e
   const int64_t x_bytes = p.f * int64_t(sizeof(float));
   const bool drop = p.table.codec == Codec::none;
   const bool affine = p.table.scale != nullptr;
+  // A piece's short rows fit the L2 cache together, so they can be on their way long before their use.
+  const bool fetch = p.table.row_bytes <= 128;
   bool good = true;
   own.count = stored.count = 0;
   int64_t e = e0;
@@ -230,7 +229,11 @@ bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e
         good = false;
         continue;
       }
-      stored.row[stored.count] = (const char*)p.table.data + row * p.table.row_bytes;
+      const char* address = (const char*)p.table.data + row * p.table.row_bytes;
+      if (fetch) {
+        for (int64_t byte = 0; byte < p.table.row_bytes; byte += 64) __builtin_prefetch(address + byte, 0, 2);
+      }
+      stored.row[stored.count] = address;
       if (affine) {
         stored.affine[stored.count] = {bf16_to_float(p.table.scale[2 * row]), bf16_to_float(p.table.scale[2 * row + 1])};
       }
