@@ -6,7 +6,7 @@ import torch
 from graphs import awkward_graph
 
 from vqgnn import partition
-from vqgnn.partition import cache_folder
+from vqgnn.partitioning import cache_folder
 
 
 def planted_clusters(count=4, size=20, seed=0):

@@ -1,16 +1,39 @@
 """Train PyTorch Geometric models in mini-batches that keep every message."""
 
-from . import inference, nn
-from .codebook import Codebook
-from .convert import convert, stores
-from .graph import BatchGraph, Convolution, Graph
-from .inference import warmup
-from .loader import Batch, BatchLoader
-from .partition import partition
-from .store import Codec, NodeStore
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import inference, nn
+    from .codebook import Codebook
+    from .conversion import convert, stores
+    from .graph import BatchGraph, Convolution, Graph
+    from .inference import warmup
+    from .loader import Batch, BatchLoader
+    from .partitioning import partition
+    from .store import Codec, NodeStore
 
 __version__ = "0.1.0"
 
+# Loaded at first use: torch and PyG take seconds to import, and `vqgnn --help` needs neither.
+_MODULE_OF = {
+    "Batch": "loader",
+    "BatchGraph": "graph",
+    "BatchLoader": "loader",
+    "Codebook": "codebook",
+    "Codec": "store",
+    "Convolution": "graph",
+    "Graph": "graph",
+    "NodeStore": "store",
+    "convert": "conversion",
+    "inference": None,
+    "nn": None,
+    "partition": "partitioning",
+    "stores": "conversion",
+    "warmup": "inference",
+}
 __all__ = [
     "Batch",
     "BatchGraph",
@@ -27,3 +50,18 @@ __all__ = [
     "stores",
     "warmup",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'vqgnn' has no attribute {name!r}")
+    module = _MODULE_OF[name]
+    value = importlib.import_module(f".{module or name}", __name__)
+    if module is not None:
+        value = getattr(value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from torch_geometric.utils import coalesce, to_undirected
 
 from .config import InputError
 from .generate import GeneratedGraph
-from .partition import cache_folder
+from .partitioning import cache_folder
 
 MASKS = ("train_mask", "val_mask", "test_mask")
 OGB = ("ogbn-arxiv", "ogbn-products", "ogbn-papers100M")

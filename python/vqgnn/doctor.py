@@ -34,7 +34,7 @@ def report() -> list[tuple[str, str]]:
         rows += [(f"back-end {name}", state) for name, state in vqgnn_kernels.backends().items()]
     except ValueError as error:  # VQGNN_BACKEND asks for what is not there
         rows.append(("back-end", str(error)))
-    from .partition import cache_folder
+    from .partitioning import cache_folder
 
     folder = cache_folder()
     parent = next(p for p in (folder, *folder.parents) if p.exists())

@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from vqgnn_kernels import set_num_threads
 
 from .graph import BatchGraph, Graph
-from .partition import partition
+from .partitioning import partition
 
 SAMPLERS = ("node", "cluster")
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given

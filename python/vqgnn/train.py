@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import memory
 from .config import Config, InputError
-from .convert import convert, stores
+from .conversion import convert, stores
 from .datasets import Dataset
 from .inference import layerwise
 from .loader import BatchLoader
