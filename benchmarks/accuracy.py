@@ -66,7 +66,7 @@ SETTINGS = {
     ),
     "coauthor-physics": Setting("coauthor-physics", 0.003, 0.5, full_epochs=60, batch_epochs=12, seeds=3, guess=5.0),
 }
-FULL_AVERAGE, BATCH_AVERAGE = 0.95, 0.98  # decay a step
+AVERAGE = 0.98  # decay a step of the evaluated weights
 EVALUATIONS = 40  # at most: a full-batch epoch is one step and need not be followed by an evaluation
 VARIANTS = (("full", ""), ("vq", "node"), ("vq", "cluster"), ("drop", "node"), ("drop", "cluster"), ("mlp", ""))
 
@@ -105,7 +105,7 @@ class Run:
             "layers": 3,
             "lr": setting.lr,
             "dropout": setting.dropout,
-            "average": FULL_AVERAGE if self.method == "full" else BATCH_AVERAGE,
+            "average": AVERAGE,
             "epochs": self.epochs,
             "eval-every": math.ceil(self.epochs / EVALUATIONS),
             "seed": self.seed,

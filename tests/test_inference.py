@@ -8,6 +8,7 @@ from torch import nn
 from torch_geometric.nn.models import GCN, GIN, GraphSAGE
 
 import vqgnn
+from vqgnn import inference
 from vqgnn.inference import layerwise
 
 MODELS = [GCN, GraphSAGE, GIN]
@@ -170,3 +171,13 @@ def test_bad_arguments_are_named(options, message, data):
 def test_a_model_that_is_not_converted_is_named(build, data):
     with pytest.raises(ValueError, match=r"is not converted; call vqgnn\.convert"):
         layerwise(build(), data)
+
+
+@pytest.mark.parametrize("jk,chain", [(None, True), ("last", True), ("cat", False), ("max", False)])
+def test_only_skip_connections_keep_every_convs_output(jk, chain, data):
+    model = vqgnn.convert(GCN(6, 8, 3, 4, jk=jk), data, method="full")
+    sweep = inference._Sweep(data, 7, torch.float32, None, inference.call_model, False)
+    with inference.evaluating(model), torch.no_grad():
+        sweep.run(model)
+    assert sweep.chain is chain
+    assert all(output is None for output in sweep.outputs) is chain

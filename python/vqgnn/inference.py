@@ -125,18 +125,25 @@ class _Sweep:
         self.batch_size = batch_size or _BATCH
         self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
         self.quantise, self.on_inputs = quantise, on_inputs
-        self.outputs: list[Tensor] = []  # of the convs that are done, in the order of their calls
+        self.chain = False  # whether each conv's output is used by the next conv alone: it need not be kept then
+        self.outputs: list[Tensor | None] = []  # of the convs that are done, in the order of their calls
+        self.widths: list[int] = []  # their channels
         self.inputs: Rows | None = None  # what the conv of this pass is given, for every node
         self.recorded: Tensor | None = None  # what the next conv is given, as far as this pass has come
         self.target: StoreConv | None = None
 
-    def run(self, model: nn.Module) -> Tensor:
+    def run(self, model: nn.Module) -> Tensor | None:
         graph = self.graph
+        num_convs, self.chain = self._structure(model)
+        self.chain &= not self.quantise
         ranges = [(s, min(s + self.batch_size, graph.num_nodes)) for s in range(0, graph.num_nodes, self.batch_size)]
         result = None
         while result is None:
             self.outputs.append(None)
             self.recorded = None
+            self.last = len(self.outputs) == num_convs
+            if self.last and self.on_inputs is not None:
+                return None  # every conv's inputs are known
             for start, stop in tqdm(ranges, disable=not self.progress, desc=f"pass {len(self.outputs)}", leave=False):
                 self.range, self.call = (start, stop), 0
                 x = graph.x if stop - start == graph.num_nodes else graph.x[start:stop]
@@ -148,7 +155,7 @@ class _Sweep:
                 if result is None:
                     result = out.new_empty(graph.num_nodes, *out.shape[1:])
                 result[start:stop] = out
-            if self.outputs[-1] is None:  # this pass met no conv that it could compute: it only recorded inputs
+            if len(self.widths) < len(self.outputs):  # this pass met no conv to compute: it only recorded inputs
                 self.outputs.pop()
             if self.recorded is not None:
                 self._close_inputs()
@@ -158,24 +165,59 @@ class _Sweep:
         start, stop = self.range
         index, self.call = self.call, self.call + 1
         if index < len(self.outputs) - 1:
+            if self.chain:  # nobody will look: the conv of this pass takes its x from the recorded inputs
+                return x.new_zeros(stop - start, self.widths[index])
             return self.outputs[index][start:stop].to(x.dtype)
+        if self.chain and self.inputs is not None and index == len(self.outputs) - 1:
+            x = self.inputs.data[start:stop].to(x.dtype)
         source = conv.message_input(x)
+        if index >= len(self.outputs) or (source is not batch.x and self.inputs is None):
+            return self._record(conv, source)
         convolution = conv.store_use.convolution
-        if index == len(self.outputs) - 1:
-            if source is batch.x:
-                messages = self._input_messages(conv, batch)
-            elif self.inputs is None:
-                return self._record(conv, source)
-            elif self.quantise:
-                messages = kernels.aggregate(source, batch.csr(convolution)[0], self.inputs)
-            else:
-                messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x.dtype)
-            out = conv.combine(x, messages)
-            if self.outputs[index] is None:
+        if source is batch.x:
+            messages = self._input_messages(conv, batch)
+        elif self.quantise:
+            messages = kernels.aggregate(source, batch.csr(convolution)[0], self.inputs)
+        else:
+            messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x.dtype)
+        out = conv.combine(x, messages)
+        if len(self.widths) == index:
+            self.widths.append(out.size(1))
+            if not (self.chain or self.last):
                 self.outputs[index] = self._rows(f"conv{index}", out.size(1))
+        if self.outputs[index] is not None:
             self.outputs[index][start:stop] = out
-            return out
-        return self._record(conv, source)
+        return out
+
+    def _structure(self, model: nn.Module) -> tuple[int, bool]:
+        """Number of convs, and whether they form a chain: no skip connection, each conv tells neighbours its own x.
+
+        Found by autograd on a few nodes: in a chain, nothing after a conv depends on the output of an earlier one.
+        """
+        outputs: list[Tensor] = []
+        chain = True
+
+        def depends_on_earlier(value: Tensor) -> bool:
+            if not value.requires_grad:  # cut off from its graph: nothing can be told
+                return True
+            if len(outputs) < 2:
+                return False
+            found = torch.autograd.grad(value.sum(), outputs[:-1], retain_graph=True, allow_unused=True)
+            return any(gradient is not None for gradient in found)
+
+        def note(conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+            nonlocal chain
+            source = conv.message_input(x)
+            chain &= source is x and not (outputs and depends_on_earlier(x))
+            out = conv.combine(x.detach(), torch.zeros_like(source)).detach().requires_grad_()
+            outputs.append(out)
+            return out * 1  # not the leaf itself: models may work in place
+
+        x = self.graph.x[:2].clone()
+        with torch.enable_grad():
+            out = self.forward(model, Batch(BatchGraph(self.graph, torch.arange(len(x)), x, run=note), {"x": x}))
+            chain &= not depends_on_earlier(out)
+        return len(outputs), chain
 
     def _input_messages(self, conv: StoreConv, batch: BatchGraph) -> Tensor:
         use = conv.store_use
