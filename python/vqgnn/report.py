@@ -103,7 +103,9 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     Activations: a layer keeps its input, its messages, and the results of linear map, norm, ReLU and dropout for
     backward, all [nodes of the batch, hidden] fp32. The input layer reads the features, so it has no state.
     """
-    from .store import Codec
+    import torch
+
+    from .store import NodeStore
 
     n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - 1, 6
     nodes = config.batch_size or -(-n // 10)
@@ -111,7 +113,8 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     rows = [(f"memory, {config.layers} layers of {config.hidden}", "node state", "activations of a batch", "a batch")]
     for method, (codec, grad) in _METHODS.items():
         for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
-            state = Codec.parse(text).bytes_per_node(config.hidden, grad) * n * hidden_layers
+            with torch.device("meta"):  # the very store that training makes, without its memory
+                state = NodeStore(n, config.hidden, text, grad).nbytes * hidden_layers
             rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes"))
     rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes"))
     rows.append(("  full", "0", size(n * activations), f"{n:,} nodes"))

@@ -64,13 +64,6 @@ class Codec:
     def __str__(self) -> str:
         return f"pq:d={self.branch_dim},k={self.num_codes}" if self.name == "pq" else self.name
 
-    def bytes_per_node(self, dim: int, grad: bool) -> int:
-        """Bytes a node and layer of `dim` channels, without its age; codes hold state and gradient at once."""
-        if self.name == "pq":
-            return -(-dim // self.branch_dim) * (1 if self.num_codes <= 256 else 2)
-        size = {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 4, "int4": (dim + 1) // 2 + 4}[self.name]
-        return size * (2 if grad else 1)
-
     def table(self, num_nodes: int, dim: int) -> tuple[Tensor, Tensor | None]:
         """Zeroed `(data, scale)` of a table of rows (or codes) of all nodes."""
         if self.name == "pq":
