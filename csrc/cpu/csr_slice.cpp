@@ -13,6 +13,8 @@ namespace {
 // nothing a node of the graph.
 thread_local std::vector<int32_t> t_label;
 
+constexpr int64_t kAhead = 64;  // labels of a row fetched ahead at most
+
 }  // namespace
 
 // Writes rowptr_b [b + 1]; false when a node or its row's bounds are out of range.
@@ -45,6 +47,12 @@ int64_t csr_slice(const int64_t* rowptr, const int32_t* col, int64_t n, const in
   if (!good) --known;  // the repeated node's label belongs to its first occurrence
   int32_t next = int32_t(b);
   for (int64_t i = 0; i < b && good; ++i) {
+    // Rows lie far apart: the labels of the next one are fetched while this one is relabelled, its columns a row before.
+    if (i + 2 < b) __builtin_prefetch(col + rowptr[nodes[i + 2]]);
+    if (i + 1 < b) {
+      const int64_t first = rowptr[nodes[i + 1]], last = std::min(rowptr[nodes[i + 1] + 1], first + kAhead);
+      for (int64_t e = first; e < last; ++e) __builtin_prefetch(label + uint32_t(col[e]));
+    }
     const int64_t stop = rowptr[nodes[i] + 1];
     for (int64_t e = rowptr[nodes[i]]; e < stop; ++e) {
       const int64_t c = col[e];

@@ -21,7 +21,7 @@ def csr_slice(rowptr: Tensor, col: Tensor, nodes: Tensor) -> tuple[Tensor, Tenso
     h = _C.csr_slice(
         rowptr.data_ptr(), col.data_ptr(), n, nodes.data_ptr(), b, col_b.data_ptr(), halo.data_ptr()
     )  # fmt: skip
-    return None if h < 0 else (rowptr_b, col_b, halo[:h].clone())
+    return None if h < 0 else (rowptr_b, col_b, halo[:h])
 
 
 def csr_slice_values(rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, values: Tensor) -> Tensor | None:
