@@ -75,7 +75,6 @@ class Codebook(nn.Module):
         mean, var = _moments(v)
         self._smooth(mean, var, g is not None, first_grad)
         rstd = self._rstd()
-        fair_share = v.size(0) / self.num_codes
         if not self.initialised:
             self._initialise(v, rstd)
         kept = None
@@ -87,19 +86,8 @@ class Codebook(nn.Module):
             codes, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
         if first_grad:
             self._start_gradients(counts, sums)
-        kernels.codebook_update(
-            self.codewords,
-            self.ema_counts,
-            self.ema_sums,
-            counts,
-            sums,
-            self.decay,
-            v=v,
-            mean=self.mean,
-            rstd=rstd,
-            revive_below=_REVIVE_SHARE * fair_share,
-            seed=self.seed + int(self.updates),
-        )
+        revive_below = _REVIVE_SHARE * (v.size(0) / self.num_codes)
+        self._learn(v, rstd, counts, sums, self.decay, revive_below, self.seed + int(self.updates))
         if kept is not None:
             self.codewords[..., self.branch_dim :] = kept
             self.ema_sums[..., self.branch_dim :] = kept * self.ema_counts[..., None]
@@ -187,19 +175,24 @@ class Codebook(nn.Module):
             chosen = (cumulative < threshold * cumulative[-1]).sum(0).clamp(max=len(sample) - 1)
         for step in range(_LLOYD_STEPS):
             _, counts, sums = kernels.vq_assign_stats(v, self.codewords, self.mean, rstd)
-            kernels.codebook_update(
-                self.codewords,
-                self.ema_counts,
-                self.ema_sums,
-                counts,
-                sums,
-                0.0,
-                v=v,
-                mean=self.mean,
-                rstd=rstd,
-                revive_below=0.5,
-                seed=self.seed - 1 - step,
-            )
+            self._learn(v, rstd, counts, sums, 0.0, 0.5, self.seed - 1 - step)
+
+    def _learn(
+        self, v: Tensor, rstd: Tensor, counts: Tensor, sums: Tensor, decay: float, revive_below: float, seed: int
+    ) -> None:
+        kernels.codebook_update(
+            self.codewords,
+            self.ema_counts,
+            self.ema_sums,
+            counts,
+            sums,
+            decay,
+            v=v,
+            mean=self.mean,
+            rstd=rstd,
+            revive_below=revive_below,
+            seed=seed,
+        )
 
     def _start_gradients(self, counts: Tensor, sums: Tensor) -> None:
         """Gradient codewords start at the first batch's means, not at the zeros of the warm-up."""
