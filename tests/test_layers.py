@@ -77,8 +77,11 @@ def op_files(stem: str) -> list[Path]:
         Path("vqgnn_kernels", stem, "__init__.py"),
         Path("vqgnn_kernels", stem, "reference.py"),
         Path("vqgnn_kernels", stem, "cpp.py"),
+        Path("vqgnn_kernels", stem, "triton.py"),
         Path("csrc", "cpu", f"{stem}.cpp"),
         Path("tests", f"test_{stem}.py"),
+        Path("tests", "triton", f"test_triton_{stem}.py"),
+        Path("tests", "compile", f"test_compile_{stem}.py"),
         Path("benchmarks", f"test_{stem}.py"),
     ]
 
@@ -122,7 +125,9 @@ def test_one_stem_an_op(stem):
 )
 def test_a_violation_of_the_kernels_is_seen(tmp_path, text):
     (tmp_path / "op").mkdir()
-    (tmp_path / "op" / "__init__.py").write_text("import torch\nfrom .._backend import use_cpp\nfrom . import cpp\n")
+    (tmp_path / "op" / "__init__.py").write_text(
+        "import torch\nfrom .._backend import implementation\nfrom . import reference\n"
+    )
     (tmp_path / "op" / "cpp.py").write_text("from .. import _C\n")
     assert kernels_violations(tmp_path) == []
     (tmp_path / "op" / "reference.py").write_text(text)

@@ -1,8 +1,11 @@
-"""Which back-end serves an op: the C++ extension for CPU tensors, else the plain torch reference."""
+"""Which back-end serves an op: Triton for CUDA tensors, the C++ extension for CPU tensors, else plain torch."""
 
+import importlib
+import importlib.util
 import os
 import warnings
 from functools import cache
+from types import ModuleType
 
 import torch  # before the native module: both must share torch's OpenMP runtime
 
@@ -33,29 +36,52 @@ def unavailable(name: str) -> str | None:
     if name == "cpp" and _C is None:
         return f"the native extension is not there ({_C_ERROR})"
     if name == "triton":
-        return "this version has no Triton kernels"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (CUDA builds of torch bring it)"
+        if not interpreted() and not torch.cuda.is_available():
+            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
 
 
-def use_cpp(*tensors: torch.Tensor | None) -> bool:
-    """Whether the C++ kernels serve these tensors (else the reference does)."""
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU; it must be set before the kernels' first use."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(*tensors: torch.Tensor | None) -> str:
+    """Name of the back-end that serves these tensors."""
+    cuda = any(t is not None and t.is_cuda for t in tensors)
     choice = forced()
+    if choice == "cpp" and cuda:
+        raise ValueError("VQGNN_BACKEND='cpp' serves CPU tensors, but got a CUDA tensor; unset it or move the tensors")
+    if choice == "triton" and not cuda and not interpreted():
+        choice = None  # with a GPU at hand, tensors on the CPU are still the CPU's
     if choice is not None:
-        return choice == "cpp"
-    if any(t is not None and t.device.type != "cpu" for t in tensors):
-        return False
-    if _C is None:
-        _warn_fallback()
-        return False
-    return True
+        return choice
+    name = "triton" if cuda else "cpp"
+    if unavailable(name):
+        _warn_fallback(name)
+        return "reference"
+    return name
+
+
+def implementation(op: str, *tensors: torch.Tensor | None) -> ModuleType:
+    """The module of package `op` that serves these tensors: its reference.py, cpp.py or triton.py."""
+    return _module(op, choose(*tensors))
 
 
 @cache
-def _warn_fallback() -> None:
+def _module(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{op}.{name}")  # late: importing triton takes a while, and CPUs do without it
+
+
+@cache
+def _warn_fallback(name: str) -> None:
+    device, remedy = ("CUDA", "pip install triton") if name == "triton" else ("CPU", "reinstall with a C++ compiler")
     warnings.warn(
-        f"vqgnn_kernels runs on its slow torch reference: {unavailable('cpp')}; reinstall with a C++ compiler present",
+        f"vqgnn_kernels runs on its slow torch reference for {device} tensors: {unavailable(name)}; {remedy}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -64,13 +90,23 @@ def backends() -> dict[str, str]:
 
     `VQGNN_BACKEND=reference|cpp|triton` forces one.
     """
-    choice = forced() or ("cpp" if _C is not None else "reference")
+    choice = forced()
+    used = {choice} if choice else {name for name in ("cpp", "triton") if not unavailable(name)} or {"reference"}
+    if choice is None and not torch.cuda.is_available():
+        used -= {"triton"}
     state = {}
     for name in NAMES:
         reason = unavailable(name)
-        detail = f" ({_C.isa()})" if name == "cpp" and _C is not None else ""
-        state[name] = f"off: {reason}" if reason else ("used" if name == choice else "available") + detail
+        state[name] = f"off: {reason}" if reason else ("used" if name in used else "available") + _detail(name)
     return state
+
+
+def _detail(name: str) -> str:
+    if name == "cpp":
+        return f" ({_C.isa()})"
+    if name == "triton":
+        return " (interpreter)" if interpreted() else " (CUDA tensors)"
+    return ""
 
 
 def set_num_threads(count: int) -> None:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._backend import use_cpp
+from .._backend import implementation
 from .._library import register, register_autograd
 from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
-from . import cpp, reference
+from . import reference
 
 __all__ = ["CSR", "Rows", "aggregate"]
 
@@ -98,8 +98,9 @@ def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CS
 
 def _impl(x, *args):
     csr, rows = _bundle(*args[:8])
-    if use_cpp(x):
-        out = cpp.aggregate(x, csr, rows)
+    kernels = implementation(__name__, x)
+    if kernels is not reference:
+        out = kernels.aggregate(x, csr, rows)
         if out is not None:
             return out
     check_entries(csr, x.shape[0], rows)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._backend import use_cpp
+from .._backend import implementation
 from .._library import register
-from . import cpp, reference
 
 
 def codebook_stats(
@@ -148,8 +147,7 @@ def check_rows(v: Tensor, width: int, mean: Tensor | None, rstd: Tensor | None, 
 
 
 def _stats_implementation(v, codes, num_codes, mean, rstd):
-    backend = cpp if use_cpp(v, codes, mean, rstd) else reference
-    return backend.codebook_stats(v, codes, num_codes, mean, rstd)
+    return implementation(__name__, v, codes).codebook_stats(v, codes, num_codes, mean, rstd)
 
 
 def _stats_fake(v, codes, num_codes, mean, rstd):
@@ -159,8 +157,7 @@ def _stats_fake(v, codes, num_codes, mean, rstd):
 
 
 def _update_implementation(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed):
-    backend = cpp if use_cpp(codebook, v) else reference
-    return backend.codebook_update(
+    return implementation(__name__, codebook, v).codebook_update(
         codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, mean, rstd, revive_below, seed
     )
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._backend import use_cpp
+from .._backend import implementation
 from .._library import register
 from .._types import check_tensor
-from . import cpp, reference
+from . import reference
 
 
 def csr_slice(rowptr: Tensor, col: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +73,9 @@ def check_entries(rowptr: Tensor, num_edges: int, nodes: Tensor, col: Tensor | N
 
 
 def _impl(rowptr, col, nodes):
-    if use_cpp(rowptr):
-        sliced = cpp.csr_slice(rowptr, col, nodes)
+    kernels = implementation(__name__, rowptr)
+    if kernels is not reference:
+        sliced = kernels.csr_slice(rowptr, col, nodes)
         if sliced is not None:
             return sliced
     check_entries(rowptr, col.shape[0], nodes, col)
@@ -82,8 +83,9 @@ def _impl(rowptr, col, nodes):
 
 
 def _values_impl(rowptr, nodes, rowptr_b, values):
-    if use_cpp(values):
-        sliced = cpp.csr_slice_values(rowptr, nodes, rowptr_b, values)
+    kernels = implementation(__name__, values)
+    if kernels is not reference:
+        sliced = kernels.csr_slice_values(rowptr, nodes, rowptr_b, values)
         if sliced is not None:
             return sliced
     check_entries(rowptr, values.shape[0], nodes)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._backend import use_cpp
+from .._backend import implementation
 from .._library import register
 from .._types import FLOATS, Rows, check_rows, check_tensor
-from . import cpp, reference
+from . import reference
 
 
 def push_rows(rows: Rows, n_id: Tensor, x: Tensor) -> None:
@@ -60,15 +60,17 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor:
 
 
 def _push_impl(codec, data, scale, n_id, x):
-    if use_cpp(data) and cpp.push_rows(Rows(codec, data, scale), n_id, x):
+    kernels = implementation(__name__, data)
+    if kernels is not reference and kernels.push_rows(Rows(codec, data, scale), n_id, x):
         return
     _check_range(n_id, data.shape[0])
     reference.push_rows(Rows(codec, data, scale), n_id, x)
 
 
 def _pull_impl(codec, data, scale, codebook, n_id, f):
-    if use_cpp(data):
-        out = cpp.pull_rows(Rows(codec, data, scale, codebook), n_id, f)
+    kernels = implementation(__name__, data)
+    if kernels is not reference:
+        out = kernels.pull_rows(Rows(codec, data, scale, codebook), n_id, f)
         if out is not None:
             return out
     if n_id is not None:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._backend import use_cpp
+from .._backend import implementation
 from .._library import register
 from ..codebook_update import check_rows, code_dtype
-from . import cpp, reference
 
 
 def vq_assign(
@@ -65,8 +64,7 @@ def _check(v, codebook, mean, rstd):
 
 
 def _assign_implementation(v, codebook, mean, rstd):
-    backend = cpp if use_cpp(v, codebook, mean, rstd) else reference
-    return backend.vq_assign(v, codebook, mean, rstd)
+    return implementation(__name__, v, codebook).vq_assign(v, codebook, mean, rstd)
 
 
 def _assign_fake(v, codebook, mean, rstd):
@@ -74,8 +72,7 @@ def _assign_fake(v, codebook, mean, rstd):
 
 
 def _stats_implementation(v, codebook, mean, rstd):
-    backend = cpp if use_cpp(v, codebook, mean, rstd) else reference
-    return backend.vq_assign_stats(v, codebook, mean, rstd)
+    return implementation(__name__, v, codebook).vq_assign_stats(v, codebook, mean, rstd)
 
 
 def _stats_fake(v, codebook, mean, rstd):
