@@ -59,12 +59,12 @@ class Setting:
 
 
 SETTINGS = {
-    "amazon-computers": Setting("amazon-computers", 0.01, 0.3, full_epochs=300, batch_epochs=120, seeds=3, guess=0.4),
-    "debian-bookworm": Setting("debian-bookworm", 0.01, 0.5, full_epochs=200, batch_epochs=40, seeds=3, guess=1.0),
+    "amazon-computers": Setting("amazon-computers", 0.01, 0.3, full_epochs=300, batch_epochs=240, seeds=3, guess=0.4),
+    "debian-bookworm": Setting("debian-bookworm", 0.01, 0.5, full_epochs=500, batch_epochs=100, seeds=3, guess=1.0),
     "ogbn-arxiv-ranks35": Setting(
         "ogbn-arxiv-tape", 0.01, 0.3, full_epochs=100, batch_epochs=30, seeds=1, guess=3.0, features="80:200"
     ),
-    "coauthor-physics": Setting("coauthor-physics", 0.003, 0.5, full_epochs=60, batch_epochs=12, seeds=3, guess=5.0),
+    "coauthor-physics": Setting("coauthor-physics", 0.003, 0.5, full_epochs=60, batch_epochs=30, seeds=3, guess=5.0),
 }
 AVERAGE = 0.98  # decay a step of the evaluated weights
 EVALUATIONS = 40  # at most: a full-batch epoch is one step and need not be followed by an evaluation
