@@ -134,7 +134,7 @@ def predict(
     logits = trainer.predict(inference)
     pred = (logits > 0) if trainer.dataset.multilabel else logits.argmax(1)
     with atomic_write(out) as handle:
-        np.savez(handle, pred=pred.numpy(), logits=logits.numpy())
+        np.savez(handle, pred=pred.cpu().numpy(), logits=logits.cpu().numpy())
     print(f"wrote {out}: {len(logits)} nodes")
 
 

@@ -54,15 +54,22 @@ class Codebook(nn.Module):
         self.register_buffer("x_values", torch.zeros(m, num_codes, branch_dim))
         self.register_buffer("g_values", torch.zeros(m, num_codes, branch_dim) if grad else None)
         self.register_buffer("square_error", torch.zeros(2, 2))  # of the last batch: [x, g] x [error, norm]
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("grad_seen", torch.zeros((), dtype=torch.bool))
+        # numbers of the host, kept in the state_dict as extra state: asking a GPU for them would stall every step
+        self.updates, self.grad_seen = 0, False
 
     def extra_repr(self) -> str:
         return f"{self.dim}, branch_dim={self.branch_dim}, num_codes={self.num_codes}, grad={self.grad}"
 
     @property
     def initialised(self) -> bool:
-        return bool(self.updates > 0)
+        return self.updates > 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.updates, self.grad_seen])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        updates, grad_seen = state.tolist()
+        self.updates, self.grad_seen = updates, bool(grad_seen)
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor | None = None) -> Tensor:
@@ -87,7 +94,7 @@ class Codebook(nn.Module):
         if first_grad:
             self._start_gradients(counts, sums)
         revive_below = _REVIVE_SHARE * (v.size(0) / self.num_codes)
-        self._learn(v, rstd, counts, sums, self.decay, revive_below, self.seed + int(self.updates))
+        self._learn(v, rstd, counts, sums, self.decay, revive_below, self.seed + self.updates)
         if kept is not None:
             self.codewords[..., self.branch_dim :] = kept
             self.ema_sums[..., self.branch_dim :] = kept * self.ema_counts[..., None]
@@ -115,13 +122,14 @@ class Codebook(nn.Module):
             "relative_error_grad": float(error[1]),
             "perplexity": float(entropy.exp().mean()),
             "dead": float((share < _REVIVE_SHARE / self.num_codes).float().mean()),
-            "updates": int(self.updates),
+            "updates": self.updates,
             "initialised": self.initialised,
         }
 
     def _features(self) -> Tensor:
         """Which of the m * dv channels are features (the others are gradients)."""
-        return torch.arange(self.num_branches * self.width).view(self.num_branches, -1)[:, : self.branch_dim].flatten()
+        channels = torch.arange(self.num_branches * self.width, device=self.mean.device)
+        return channels.view(self.num_branches, -1)[:, : self.branch_dim].flatten()
 
     def _pad(self, x: Tensor) -> Tensor:
         missing = self.num_branches * self.branch_dim - x.size(1)
@@ -149,7 +157,7 @@ class Codebook(nn.Module):
                 gradients.fill_(1.0)
             elif first_grad:
                 gradients.zero_()
-                self.grad_seen.fill_(True)
+                self.grad_seen = True
         self.mean.mul_(beta).add_((1 - beta) * mean)
         self.var.mul_(beta).add_((1 - beta) * var)
 
@@ -159,18 +167,20 @@ class Codebook(nn.Module):
 
     def _initialise(self, v: Tensor, rstd: Tensor) -> None:
         """k-means++ on rows drawn from the batch, then a few k-means steps on all of it."""
-        generator = torch.Generator().manual_seed(self.seed)
-        sample = torch.randperm(v.size(0), generator=generator)[: max(_SEEDS_A_CODE * self.num_codes, 1024)]
+        generator = torch.Generator().manual_seed(self.seed)  # the CPU's on every device: the same codewords
+        sample = torch.randperm(v.size(0), generator=generator).to(v.device)[
+            : max(_SEEDS_A_CODE * self.num_codes, 1024)
+        ]
         rows = ((v[sample] - self.mean) * rstd).view(len(sample), self.num_branches, self.width)
-        branch = torch.arange(self.num_branches)
+        branch = torch.arange(self.num_branches, device=v.device)
         nearest = rows.new_full(rows.shape[:2], torch.inf)  # [rows, m] squared distance to the chosen codewords
-        chosen = torch.randint(len(sample), (self.num_branches,), generator=generator)
+        chosen = torch.randint(len(sample), (self.num_branches,), generator=generator).to(v.device)
         for k in range(self.num_codes):
             codeword = rows[chosen, branch]
             self.codewords[:, k] = codeword
             nearest = torch.minimum(nearest, (rows - codeword).square().sum(2))
             # Drawn in proportion to the distance: a row that is a codeword already is drawn again only when all are.
-            threshold = torch.rand(self.num_branches, generator=generator, dtype=torch.float64)
+            threshold = torch.rand(self.num_branches, generator=generator, dtype=torch.float64).to(v.device)
             cumulative = nearest.double().cumsum(0)
             chosen = (cumulative < threshold * cumulative[-1]).sum(0).clamp(max=len(sample) - 1)
         for step in range(_LLOYD_STEPS):

@@ -47,6 +47,7 @@ class Config:
     epochs: int = option(40, "Passes over the nodes; with --method full a pass is one step.", 1)
     eval_every: int = option(1, "Epochs between evaluations.", 1)
     seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train; 'auto' is the GPU where there is one.")
     threads: int | None = option(None, "Threads to compute with. [default: torch's choice]", 1)
 
     def __post_init__(self):

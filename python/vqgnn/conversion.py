@@ -145,7 +145,7 @@ def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int
         return conv.combine(x, torch.zeros_like(source))
 
     x = graph.x[:_PROBE_NODES].clone()
-    n_id = torch.arange(x.size(0))
+    n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
         forward(model, Batch(BatchGraph(graph, n_id, x, run=note), {"x": x}))
     return calls

@@ -42,7 +42,7 @@ class Dataset:
         """Tells this graph from others: sizes and a hash of edges, features, labels and masks."""
         digest = hashlib.blake2b(digest_size=16)
         for key in ("edge_index", "x", "y", *MASKS):
-            digest.update(memoryview(self.data[key].contiguous().numpy()).cast("B"))
+            digest.update(memoryview(self.data[key].cpu().contiguous().numpy()).cast("B"))
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
 
 

@@ -83,7 +83,7 @@ def _edge_weight(data: Data) -> Tensor | None:
 def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
     order = torch.argsort(row * num_nodes + col, stable=True)
-    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64)
+    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
     torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=rowptr[1:])
     return rowptr, col[order].to(torch.int32), order
 
@@ -155,13 +155,13 @@ class Graph:
 
     def propagate(self, convolution: Convolution, rows: Rows, start: int, stop: int, dim: int) -> Tensor:
         """Rows start..stop of C X, with X [n, dim] given as a table."""
-        empty = torch.empty(0, dim)
+        empty = torch.empty(0, dim, device=rows.data.device)
         return kernels.aggregate(empty, self.rows_of(convolution, start, stop), rows)
 
     def product(self, convolution: Convolution) -> Tensor:
         """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
         if convolution not in self._products:
-            out = torch.empty(self.num_nodes, self.x.size(1))
+            out = torch.empty_like(self.x)
             for start in range(0, self.num_nodes, _CHUNK):
                 stop = min(start + _CHUNK, self.num_nodes)
                 out[start:stop] = self.propagate(convolution, self.features, start, stop, self.x.size(1))
@@ -207,7 +207,7 @@ class BatchGraph:
     def _slice(self, convolution: Convolution) -> tuple[CSR, CSR]:
         m = self.graph.matrix(convolution)
         if self.whole:
-            none = torch.empty(0, dtype=torch.int64)
+            none = self.n_id.new_empty(0)
             return CSR(m.rowptr, m.col, m.weight, none), CSR(m.rowptr_t, m.col_t, m.weight_t, none)
         forward = self._slice_one(m.rowptr, m.col, m.weight)
         if not m.symmetric_structure:

@@ -71,6 +71,8 @@ def layerwise(
         raise ValueError(f"dtype={dtype} is not supported for kept rows; use torch.float32 or torch.float16")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if folder is not None and data.x.is_cuda:
+        raise ValueError(f"folder={str(folder)!r} needs data on the CPU, its x is on {data.x.device}; leave folder out")
     convs = [module for module in model.modules() if isinstance(module, StoreConv)]
     if not convs or any(conv.store_use is None for conv in convs):
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
@@ -100,10 +102,10 @@ def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], T
             return
         n = rows.size(0)
         generator = torch.Generator().manual_seed(0)
-        for n_id in torch.randperm(n, generator=generator).split(_BATCH):
+        for n_id in torch.randperm(n, generator=generator).to(rows.device).split(_BATCH):
             store.push(n_id, rows[n_id])
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
-            for n_id in torch.arange(n).split(_BATCH):
+            for n_id in torch.arange(n, device=rows.device).split(_BATCH):
                 kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id]))
 
     with evaluating(model):
@@ -147,7 +149,7 @@ class _Sweep:
             for start, stop in tqdm(ranges, disable=not self.progress, desc=f"pass {len(self.outputs)}", leave=False):
                 self.range, self.call = (start, stop), 0
                 x = graph.x if stop - start == graph.num_nodes else graph.x[start:stop]
-                batch_graph = BatchGraph(graph, torch.arange(start, stop), x, run=self)
+                batch_graph = BatchGraph(graph, torch.arange(start, stop, device=x.device), x, run=self)
                 try:
                     out = self.forward(model, Batch(batch_graph, {"x": x}))
                 except _NextConv:
@@ -215,7 +217,8 @@ class _Sweep:
 
         x = self.graph.x[:2].clone()
         with torch.enable_grad():
-            out = self.forward(model, Batch(BatchGraph(self.graph, torch.arange(len(x)), x, run=note), {"x": x}))
+            n_id = torch.arange(len(x), device=x.device)
+            out = self.forward(model, Batch(BatchGraph(self.graph, n_id, x, run=note), {"x": x}))
             chain &= not depends_on_earlier(out)
         return len(outputs), chain
 
@@ -254,7 +257,7 @@ class _Sweep:
         """An [n, dim] table in RAM or in a file."""
         size = (self.graph.num_nodes, dim)
         if self.folder is None:
-            return torch.empty(size, dtype=self.dtype)
+            return torch.empty(size, dtype=self.dtype, device=self.graph.x.device)
         path = Path(self.folder) / f"{name}.rows"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # "inputs" of the last pass may still be mapped; it lives on until it is dropped

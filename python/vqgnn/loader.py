@@ -106,7 +106,7 @@ class BatchLoader:
     def _draw(self, epoch: int) -> list[Tensor]:
         n = self.graph.num_nodes
         if self._num_batches == 1:
-            return [torch.arange(n)]
+            return [torch.arange(n, device=self.graph.x.device)]
         # mixed into 32 bits: torch's CPU generator reads no more of a seed
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
         count = len(self._parts) if self._parts else n
@@ -115,7 +115,7 @@ class BatchLoader:
         if self._parts:
             groups = [torch.cat([self._parts[i] for i in group.tolist()]) for group in groups]
         # Ascending ids: neighbouring rows of the graph, the features and the store are then read in order.
-        return [group.sort().values for group in groups]
+        return [group.sort().values.to(self.graph.x.device) for group in groups]
 
     def _build(self, n_id: Tensor) -> Batch:
         graph = self.graph

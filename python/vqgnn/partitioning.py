@@ -30,7 +30,7 @@ def partition(edge_index: Tensor, num_nodes: int, num_parts: int, cache_dir: str
     """
     if not 1 <= num_parts <= num_nodes:
         raise ValueError(f"num_parts={num_parts} is not in 1..{num_nodes} (the number of nodes); choose fewer parts")
-    source, target = (side.numpy() for side in edge_index)
+    source, target = (side.cpu().numpy() for side in edge_index)
     keep = source != target
     pairs = np.unique(
         np.concatenate([source[keep] * num_nodes + target[keep], target[keep] * num_nodes + source[keep]])

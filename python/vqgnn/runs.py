@@ -11,7 +11,7 @@ import torch
 from .config import Config, InputError
 from .files import atomic_write
 
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_VERSION = 2
 
 
 class Run:

@@ -27,6 +27,7 @@ from .loader import BatchLoader
 from .runs import Run
 
 SPLITS = ("train", "val", "test")
+_IGNORED = -100  # label of nodes that take no part in the loss
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
 
@@ -48,6 +49,15 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
         return NodeMLP([in_channels] + [config.hidden] * (config.layers - 1) + [out_channels], **options)
     kind = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}[config.model]
     return kind(in_channels, config.hidden, config.layers, out_channels, **options)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`: "auto" is the GPU where torch sees one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was given, but torch sees no CUDA device; use cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def score(logits: Tensor, y: Tensor, multilabel: bool) -> float:
@@ -91,9 +101,10 @@ class Trainer:
             torch.set_num_threads(config.threads)
         memory.reset_peak()
         self.base_memory = memory.resident()  # what the data and the libraries take
-        self.config, self.dataset, self.data = config, dataset, dataset.data
+        self.device = pick_device(config.device)
+        self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.data.num_features, dataset.num_classes)
+        self.model = build_model(config, self.data.num_features, dataset.num_classes).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
         try:
             self.loader = self._loader()
@@ -127,6 +138,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "stores": {name: store.state_dict() for name, store in self.stores.items()},
             "random_state": torch.get_rng_state(),
+            "random_state_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "best": self.best,
         }
 
@@ -140,6 +152,8 @@ class Trainer:
         for name, store in self.stores.items():
             store.load_state_dict(state["stores"][name])
         torch.set_rng_state(state["random_state"])
+        if state["random_state_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_state_cuda"], self.device)
         self.best = state["best"]
 
     def fit(self, run: Run) -> dict[str, Any]:
@@ -177,11 +191,12 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             self.averaged.update_parameters(self.model)
-            total += float(loss_sum.detach())
-            if not math.isfinite(total):
-                raise TrainingError(f"the loss is {total} in epoch {self.epoch + 1}; try a smaller --lr")
+            total += loss_sum.detach().double()  # stays on the device: reading it here would stall every step
             if bar is not None:
                 bar.update()
+        total = float(total)
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss is {total} in epoch {self.epoch + 1}; try a smaller --lr")
         seconds = time.perf_counter() - start
         self.epoch += 1
         after = {name: store.stats() for name, store in self.stores.items()}
@@ -211,10 +226,11 @@ class Trainer:
 
     def loss_sum(self, logits: Tensor, batch) -> Tensor:
         """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
-        logits, y = logits[batch.train_mask], batch.y[batch.train_mask]
+        y, mask = batch.y, batch.train_mask  # picking the rows by the mask would wait for their number
         if self.dataset.multilabel:
-            return F.binary_cross_entropy_with_logits(logits, y, reduction="sum") / y.size(1)
-        return F.cross_entropy(logits, y, reduction="sum")
+            weight = mask[:, None].to(logits.dtype)
+            return F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum") / y.size(1)
+        return F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="sum")
 
     def predict(self, inference: str = "exact", progress: bool = False) -> Tensor:
         """Logits [n, C] of every node by the averaged weights; the training store is only read."""
