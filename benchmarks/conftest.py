@@ -2,11 +2,14 @@
 
     pytest benchmarks/test_vq_assign.py --benchmark-json out.json
 
+With `--device cuda` every tensor is made on the GPU, and times include the wait for it.
+
 Each row (device, op, size, ours p20/p50/p80, every peer's median and the ratio) is appended to the CSV that
 `--rows FILE` names, so that figures keep the command and the machine that made them.
 """
 
 import csv
+import functools
 import gc
 import platform
 import statistics
@@ -23,8 +26,23 @@ def pytest_addoption(parser):
     parser.addoption("--rows", default=None, help="CSV file to append one row a benchmark to")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def device(request):
+    """The device of --device; factory functions such as torch.randn make their tensors there."""
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda was given, but torch sees no CUDA device; leave the option out")
+    torch.set_default_device(name)
+    yield torch.device(name)
+    torch.set_default_device(None)
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
 def device_name() -> str:
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -37,12 +55,47 @@ def resident_mb() -> float:
     return pages * 4096 / 1e6
 
 
-def peak_extra_mb(function) -> float:
-    """Peak resident memory that one call adds, in MB (10^6 bytes), sampled every 0.2 ms.
+def finished(function):
+    """`function`, and on a GPU the wait for its end."""
+    if not on_gpu():
+        return function
 
-    The call's own result counts. Linux only.
+    def run():
+        result = function()
+        torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second that the GPU reads and writes when it copies 1 GiB: what a kernel's bandwidth is compared with."""
+    source = torch.empty(2**30, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = finished(lambda: target.copy_(source))
+    copy()
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        copy()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def peak_extra_mb(function) -> float:
+    """Peak memory that one call adds, in MB (10^6 bytes); the call's own result counts.
+
+    On the CPU the process's resident memory (Linux only), sampled every 0.2 ms; on a GPU what torch allocates.
     """
     gc.collect()
+    if on_gpu():
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - base) / 1e6
     base = peak = resident_mb()
     done = threading.Event()
 
@@ -68,10 +121,13 @@ def versus(benchmark, request):
     """versus(ours, {name: peer}, size=...): medians of interleaved rounds; returns {name: peer median / our median}.
 
     Every round runs each peer once (in the benchmark's set-up, timed apart) and then ours once. Functions named in
-    `slow` run in the first `slow_rounds` rounds only. `memory=True` also measures each one's peak extra memory.
+    `slow` run in the first `slow_rounds` rounds only. `memory=True` also measures each one's peak extra
+    memory. `moved`: bytes that our call must move at least; gives GB/s and, on a GPU, the share of its copy
+    bandwidth.
     """
 
-    def run(ours, peers, size, rounds=7, slow=(), slow_rounds=1, memory=False):
+    def run(ours, peers, size, rounds=7, slow=(), slow_rounds=1, memory=False, moved=None):
+        ours, peers = finished(ours), {name: finished(function) for name, function in peers.items()}
         times = {name: [] for name in peers}
         for name, function in {"ours": ours, **peers}.items():
             if name not in slow:
@@ -105,6 +161,10 @@ def versus(benchmark, request):
             ratios[name] = median / p50
             row[f"{name}_ms"] = median * 1e3
             row[f"{name}_over_ours"] = ratios[name]
+        if moved is not None:
+            row["gb_per_s"] = moved / p50 / 1e9
+            if on_gpu():
+                row["share_of_copy_bandwidth"] = moved / p50 / copy_bandwidth()
         if memory:
             for name, function in {"ours": ours, **peers}.items():
                 row[f"{name}_peak_mb"] = peak_extra_mb(function)

@@ -5,7 +5,7 @@ import torch
 
 def power_law_csr(num_nodes, num_edges, seed=0):
     """rowptr int64, col int32, weight fp32; the degrees of both directions follow a power law, rank^-1/2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def ends():
         rank = (torch.rand(num_edges, generator=generator).square_() * num_nodes).long().clamp_(max=num_nodes - 1)

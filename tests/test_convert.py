@@ -174,3 +174,16 @@ def test_compiled_training_steps_are_the_eager_ones(method, options, data):
     assert int(store.step) == start + 2
     for key, value in store.state_dict().items():
         torch.testing.assert_close(compiled_store.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+def test_batches_of_other_sizes_are_not_compiled_again(build, data):
+    torch._dynamo.reset()
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method="vq", codec="pq:d=4,k=8")
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    graphs = []
+    for batch_size in (13, 11, 9, 8, 7, 6, 5):
+        batch = next(iter(vqgnn.BatchLoader(data, batch_size=batch_size, prefetch=0)))
+        compiled_step(model, batch.x, batch.graph, batch.y).backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"

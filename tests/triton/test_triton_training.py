@@ -1,0 +1,38 @@
+"""The tiny end-to-end example by the Triton kernels: the losses are the reference's."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import awkward_graph
+from torch_geometric.nn.models import GCN
+
+import vqgnn
+
+
+def train(model, data, method, codec):
+    torch.manual_seed(0)
+    vqgnn.convert(model, data, method=method, codec=codec)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        for batch in vqgnn.BatchLoader(data, batch_size=20, seed=0, prefetch=0):
+            loss = F.cross_entropy(model(batch.x, batch.graph), batch.y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+    return losses, vqgnn.inference.layerwise(model, data)
+
+
+@pytest.mark.parametrize(("method", "codec"), [("vq", "pq:d=4,k=8"), ("lmc", "int8"), ("gas", "fp16")])
+def test_training_has_the_references_losses(method, codec, device, monkeypatch):
+    torch.manual_seed(0)
+    model = GCN(6, 8, 2, 3, norm="batch_norm").to(device)
+    data = awkward_graph().to(device)
+    ours = train(copy.deepcopy(model), data, method, codec)
+    monkeypatch.setenv("VQGNN_BACKEND", "reference")
+    theirs = train(copy.deepcopy(model), copy.copy(data), method, codec)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-4)
