@@ -21,6 +21,15 @@ class Tile(NamedTuple):
 
 TILES: dict[str, tuple[Tile, ...]] = {}
 
+# store_io: all limited by memory (or by PCIe, where the table is pinned); a tile is 2048 values, 16 a thread, enough
+# loads in flight, with short rows side by side so that few lanes idle beyond the last column.
+_NARROW, _WIDE = {"BLOCK_R": 64, "BLOCK_F": 32}, {"BLOCK_R": 16, "BLOCK_F": 128}
+for _kernel in ("push_cast_kernel", "push_quantise_kernel", "pull_rows_kernel"):
+    TILES[_kernel] = (
+        Tile(_NARROW, when=lambda sizes: sizes["f"] <= 32, why="memory: short rows, such as codes of 32 branches"),
+        Tile(_WIDE, why="memory: a row of 128 in one piece, longer ones in a loop"),
+    )
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""
