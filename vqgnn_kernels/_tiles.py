@@ -21,9 +21,9 @@ class Tile(NamedTuple):
 
 TILES: dict[str, tuple[Tile, ...]] = {}
 
-# store_io: all limited by memory (or by PCIe, where the table is pinned); a tile is 2048 values, 16 a thread, enough
-# loads in flight, with short rows side by side so that few lanes idle beyond the last column.
-_NARROW, _WIDE = {"BLOCK_R": 64, "BLOCK_F": 32}, {"BLOCK_R": 16, "BLOCK_F": 128}
+# store_io: all limited by memory (or by PCIe, where the table is pinned). 8 values a thread keep most kernels at 32
+# registers, so that the SM is full of loads; 16 spill in pull_rows. Short rows lie side by side: fewer idle lanes.
+_NARROW, _WIDE = {"BLOCK_R": 32, "BLOCK_F": 32}, {"BLOCK_R": 8, "BLOCK_F": 128}
 for _kernel in ("push_cast_kernel", "push_quantise_kernel", "pull_rows_kernel"):
     TILES[_kernel] = (
         Tile(_NARROW, when=lambda sizes: sizes["f"] <= 32, why="memory: short rows, such as codes of 32 branches"),
