@@ -21,6 +21,15 @@ class Tile(NamedTuple):
 
 TILES: dict[str, tuple[Tile, ...]] = {}
 
+# store_io: all limited by memory (or by PCIe, where the table is pinned). 8 values a thread keep most kernels at 32
+# registers, so that the SM is full of loads; 16 spill in pull_rows. Short rows lie side by side: fewer idle lanes.
+_NARROW, _WIDE = {"BLOCK_R": 32, "BLOCK_F": 32}, {"BLOCK_R": 8, "BLOCK_F": 128}
+for _kernel in ("push_cast_kernel", "push_quantise_kernel", "pull_rows_kernel"):
+    TILES[_kernel] = (
+        Tile(_NARROW, when=lambda sizes: sizes["f"] <= 32, why="memory: short rows, such as codes of 32 branches"),
+        Tile(_WIDE, why="memory: a row of 128 in one piece, longer ones in a loop"),
+    )
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""

@@ -19,12 +19,18 @@ def push_rows(rows: Rows, n_id: Tensor, x: Tensor) -> None:
     q = round_half_even((x - offset) / scale). A row that equals its offset everywhere has scale 0. fp16 rounds to
     nearest even and overflows to infinity. Rows with NaN or infinities give unspecified values (fp32, fp16: kept).
 
+    On a GPU the call is asynchronous, also where the table lies in pinned host memory: synchronise before the CPU
+    reads it.
+
     Args:
-        rows: the table, contiguous; its data (and scale) are changed.
+        rows: the table, contiguous; its data (and scale) are changed. It may lie in pinned host memory while n_id and
+            x are on the GPU.
         n_id: [k] int64, distinct rows of the table. With duplicates one of the rows wins, unspecified which.
         x: [k, f] fp32/fp16/bf16; for codec "pq" the codes, [k, m] of the table's dtype, copied as they are.
     Raises:
-        ValueError: wrong dtype or shape, or an n_id outside 0..N-1 (then nothing is written).
+        ValueError: wrong dtype or shape, memory that the GPU cannot address, or an n_id outside 0..N-1 (then nothing
+            is written). The Triton back-end does not report an n_id outside, it skips the row: to report it, the
+            CPU would have to wait for the GPU.
     """
     check_tensor("n_id", n_id, (torch.int64,), (None,))
     k = n_id.shape[0]
@@ -45,13 +51,15 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor:
     out[i] = decode(rows[n_id[i]])
 
     Args:
-        rows: the table; codec "pq" is decoded with its codebook.
+        rows: the table; codec "pq" is decoded with its codebook. It may lie in pinned host memory while n_id is on
+            the GPU.
         n_id: [k] int64, rows to read, repeats allowed; None reads the whole table in order.
         f: number of columns of the result.
     Returns:
-        [k, f] fp32, a new tensor without gradient.
+        [k, f] fp32, a new tensor without gradient, on the device of n_id (of the table where n_id is None).
     Raises:
-        ValueError: wrong dtype or shape, or an n_id outside 0..N-1.
+        ValueError: wrong dtype or shape, memory that the GPU cannot address, or an n_id outside 0..N-1. The Triton
+            back-end does not report an n_id outside, its row of the result is 0.
     """
     check_rows("rows", rows, f)
     if n_id is not None:
@@ -60,22 +68,25 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor:
 
 
 def _push_impl(codec, data, scale, n_id, x):
-    kernels = implementation(__name__, data)
+    kernels = implementation(__name__, data, n_id, x)
     if kernels is not reference and kernels.push_rows(Rows(codec, data, scale), n_id, x):
         return
+    n_id, x = n_id.to(data.device), x.to(data.device)
     _check_range(n_id, data.shape[0])
     reference.push_rows(Rows(codec, data, scale), n_id, x)
 
 
 def _pull_impl(codec, data, scale, codebook, n_id, f):
-    kernels = implementation(__name__, data)
+    kernels = implementation(__name__, data, n_id)
     if kernels is not reference:
         out = kernels.pull_rows(Rows(codec, data, scale, codebook), n_id, f)
         if out is not None:
             return out
-    if n_id is not None:
-        _check_range(n_id, data.shape[0])
-    return reference.pull_rows(Rows(codec, data, scale, codebook), n_id, f)
+    if n_id is None:
+        return reference.pull_rows(Rows(codec, data, scale, codebook), None, f)
+    local = n_id.to(data.device)
+    _check_range(local, data.shape[0])
+    return reference.pull_rows(Rows(codec, data, scale, codebook), local, f).to(n_id.device)
 
 
 def _check_range(n_id: Tensor, num_rows: int) -> None:
@@ -91,7 +102,8 @@ def _push_fake(codec, data, scale, n_id, x):
 
 
 def _pull_fake(codec, data, scale, codebook, n_id, f):
-    return data.new_empty(data.shape[0] if n_id is None else n_id.shape[0], f, dtype=torch.float32)
+    source = data if n_id is None else n_id
+    return source.new_empty(source.shape[0], f, dtype=torch.float32)
 
 
 _push_rows = register(
