@@ -30,6 +30,18 @@ for _kernel in ("push_cast_kernel", "push_quantise_kernel", "pull_rows_kernel"):
         Tile(_WIDE, why="memory: a row of 128 in one piece, longer ones in a loop"),
     )
 
+# csr_slice: memory latency everywhere. Four edges a thread: its 4-byte stores become one of 16 bytes, and four look-ups
+# are in flight; more warps on the device hide more than more edges a thread would.
+TILES["csr_slice_gather_kernel"] = (
+    Tile({"BLOCK_E": 512}, 4, 1, why="the bisection: log2(b) dependent loads, the upper levels from L1"),
+)
+TILES["csr_slice_first_kernel"] = (
+    Tile({"BLOCK_E": 512}, 4, 1, why="one random 4-byte read of the map an edge, from L2 up to about 10M nodes"),
+)
+TILES["csr_slice_relabel_kernel"] = (
+    Tile({"BLOCK_E": 512}, 4, 1, why="two dependent random reads an edge: the map, then the first edge's rank"),
+)
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""

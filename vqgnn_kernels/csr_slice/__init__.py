@@ -15,8 +15,9 @@ def csr_slice(rowptr: Tensor, col: Tensor, nodes: Tensor) -> tuple[Tensor, Tenso
     [C_BB, C_BH] of equation 6; on the transposed graph, [C_BB^T, C_HB^T] of equation 7.
 
     A column becomes j < b where the neighbour is nodes[j], else b + its position in halo. Edges keep their order inside
-    a row. Costs O(b + edges of the batch), plus one map of 4*n bytes a thread that is kept between calls. The C++ form
-    releases the GIL, so a background thread can build batches.
+    a row. Costs O(b + edges of the batch), plus one map of 4*n bytes: in C++ one a thread, kept between calls, on the
+    GPU one a call. The C++ form releases the GIL, so a background thread can build batches. The GPU form waits for the
+    device twice, for the sizes e and h; with them comes whether the entries are good, so bad ones raise there too.
 
     Args:
         rowptr: [n + 1] int64.
@@ -38,6 +39,8 @@ def csr_slice(rowptr: Tensor, col: Tensor, nodes: Tensor) -> tuple[Tensor, Tenso
 
 def csr_slice_values(rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, values: Tensor) -> Tensor:
     """The per-edge values of the same slice: values[e] for every edge e of csr_slice's result, in its order.
+
+    On the GPU it waits for the device once, for e.
 
     Args:
         rowptr: [n + 1] int64, the graph's.
@@ -73,7 +76,7 @@ def check_entries(rowptr: Tensor, num_edges: int, nodes: Tensor, col: Tensor | N
 
 
 def _impl(rowptr, col, nodes):
-    kernels = implementation(__name__, rowptr)
+    kernels = implementation(__name__, rowptr, col, nodes)
     if kernels is not reference:
         sliced = kernels.csr_slice(rowptr, col, nodes)
         if sliced is not None:
@@ -83,7 +86,7 @@ def _impl(rowptr, col, nodes):
 
 
 def _values_impl(rowptr, nodes, rowptr_b, values):
-    kernels = implementation(__name__, values)
+    kernels = implementation(__name__, rowptr, nodes, rowptr_b, values)
     if kernels is not reference:
         sliced = kernels.csr_slice_values(rowptr, nodes, rowptr_b, values)
         if sliced is not None:
