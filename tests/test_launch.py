@@ -117,17 +117,24 @@ def test_autotuning_times_once_and_remembers(kernel, tuned, tmp_path):
     assert list(json.loads(cache(tmp_path).read_text()).values()) == [[{"BLOCK_R": 4}, 2, 2]] * 2
 
 
-@pytest.mark.parametrize("why", ["not asked for", "not pure", "interpreted", "capturing"])
+@pytest.mark.parametrize("why", ["not asked for", "not pure", "interpreted"])
 def test_autotuning_is_off(kernel, tuned, monkeypatch, why):
     monkeypatch.setitem(MILLISECONDS, 4, 9.0)  # the shipped tile is not the fastest
     if why == "not asked for":
         monkeypatch.delenv("VQGNN_AUTOTUNE")
     if why == "interpreted":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if why == "capturing":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert launch(kernel, pure=why != "not pure") == 4
     assert tuned == []
+
+
+def test_a_captured_graph_takes_what_is_known_and_times_nothing(kernel, tuned, monkeypatch):
+    monkeypatch.setitem(MILLISECONDS, 4, 9.0)  # the shipped tile is not the fastest
+    assert launch(kernel) == 16
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert launch(kernel) == 16
+    assert launch(kernel, sizes={"f": 9}) == 4
+    assert len(tuned) == 3
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,6 @@ def launch(
         return
     with torch.cuda.device(device):
         tune = pure and os.environ.get("VQGNN_AUTOTUNE") == "1" and not interpreted()
-        tune = tune and not torch.cuda.is_current_stream_capturing()  # timing waits for the device
         run(_fastest(name, sizes, run) if tune else pick(name, sizes))
 
 
@@ -57,6 +56,8 @@ def _fastest(name: str, sizes: dict[str, int], run: Callable[[Tile], None]) -> T
     # by its contents, not its position: a tile that has left the table since, or is not one at all, is not found
     fastest = next((tile for tile in tiles if _constants(tile) == known.get(key)), None)
     if fastest is None:
+        if torch.cuda.is_current_stream_capturing():  # timing waits for the device, which a capture forbids
+            return pick(name, sizes)
         fastest = min(tiles, key=lambda tile: _time(tile, run))
         known[key] = _constants(fastest)
         with suppress(OSError):  # a folder that cannot be written: this process remembers, the next one times again
