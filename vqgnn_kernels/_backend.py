@@ -45,7 +45,7 @@ def unavailable(name: str) -> str | None:
 
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU; it must be set before the kernels' first use."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # Triton's own rule
 
 
 def choose(*tensors: torch.Tensor | None) -> str:
@@ -81,7 +81,7 @@ def _warn_fallback(name: str) -> None:
     warnings.warn(
         f"vqgnn_kernels runs on its slow torch reference for {device} tensors: {unavailable(name)}; {remedy}",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=7,  # the op's caller: choose, implementation, _impl, torch's dispatcher and the op lie between
     )
 
 
@@ -91,9 +91,11 @@ def backends() -> dict[str, str]:
     `VQGNN_BACKEND=reference|cpp|triton` forces one.
     """
     choice = forced()
-    used = {choice} if choice else {name for name in ("cpp", "triton") if not unavailable(name)} or {"reference"}
-    if choice is None and not torch.cuda.is_available():
-        used -= {"triton"}
+    if choice is None or (choice == "triton" and not interpreted()):  # as in choose: one for each kind of device
+        names = ("cpp", "triton") if torch.cuda.is_available() else ("cpp",)
+        used = {"reference" if unavailable(name) else name for name in names}
+    else:
+        used = {choice}
     state = {}
     for name in NAMES:
         reason = unavailable(name)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,32 @@ def _fastest(name: str, sizes: dict[str, int], run: Callable[[Tile], None]) -> T
     tiles = TILES[name]
     known = _autotuned()
     key = " ".join([torch.cuda.get_device_name(), triton.__version__, name, json.dumps(sizes, sort_keys=True)])
-    if known.get(key, len(tiles)) >= len(tiles):
-        times = []
-        for tile in tiles:
-            try:
-                times.append(triton.testing.do_bench(lambda tile=tile: run(tile)))
-            except triton.runtime.errors.OutOfResources:
-                times.append(float("inf"))
-        known[key] = times.index(min(times))
-        path = _cache_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=1))
-        temporary.replace(path)
-    return tiles[known[key]]
+    # by its contents, not its position: a tile that has left the table since, or is not one at all, is not found
+    fastest = next((tile for tile in tiles if _constants(tile) == known.get(key)), None)
+    if fastest is None:
+        if torch.cuda.is_current_stream_capturing():  # timing waits for the device, which a capture forbids
+            return pick(name, sizes)
+        fastest = min(tiles, key=lambda tile: _time(tile, run))
+        known[key] = _constants(fastest)
+        with suppress(OSError):  # a folder that cannot be written: this process remembers, the next one times again
+            path = _cache_path()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(path)
+    return fastest
+
+
+def _time(tile: Tile, run: Callable[[Tile], None]) -> float:
+    """Milliseconds of a launch; infinite where the tile needs more than the device has."""
+    try:
+        return triton.testing.do_bench(lambda: run(tile))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _constants(tile: Tile) -> list:
+    return [tile.blocks, tile.num_warps, tile.num_stages]
 
 
 def _cache_path() -> Path:
@@ -74,9 +87,10 @@ def _cache_path() -> Path:
 
 
 @cache
-def _autotuned() -> dict[str, int]:
-    """Position of the fastest tile by device, Triton version, kernel and sizes."""
+def _autotuned() -> dict[str, list]:
+    """The fastest tile's constants by device, Triton version, kernel and sizes."""
     try:
-        return json.loads(_cache_path().read_text())
+        known = json.loads(_cache_path().read_text())
     except (OSError, ValueError):  # not there, or not ours: time again
         return {}
+    return known if isinstance(known, dict) else {}
