@@ -22,7 +22,8 @@ def push_rows(rows: Rows, n_id: Tensor, x: Tensor) -> bool:
     if rows.codec in LEVELS:
         kernel = push_quantise_kernel
         # the two bf16 of a row as their bits, which the kernel makes itself
-        arguments |= {"p_scale": rows.scale.view(torch.int16), "LEVELS": LEVELS[rows.codec]}
+        scale = rows.scale.view(torch.int16)
+        arguments |= {"p_scale": scale, "width": rows.data.shape[1], "LEVELS": LEVELS[rows.codec]}
     else:
         kernel = push_cast_kernel
     _triton.launch(kernel, lambda blocks: (triton.cdiv(k, blocks["BLOCK_R"]),), arguments, sizes={"f": f}, pure=True)
@@ -73,8 +74,9 @@ def push_cast_kernel(p_data, p_n_id, p_x, num_rows, k, f, BLOCK_R: tl.constexpr,
 
 @triton.jit
 def push_quantise_kernel(
-    p_data, p_scale, p_n_id, p_x, num_rows, k, f, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
-):
+    p_data, p_scale, p_n_id, p_x, num_rows, k, f, width,
+    LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """data[n_id], scale[n_id] = quantise(x): one pass over the row for its range, a second, out of cache, to write."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_id = tl.load(p_n_id + row, mask=row < k, other=-1)
@@ -107,12 +109,11 @@ def push_quantise_kernel(
         b_q = ((b_t + 12582912.0) - 12582912.0).to(tl.uint8)  # adding 1.5 * 2^23 rounds half to even
         if LEVELS == 15:  # two columns a byte, the even one in the low nibble
             even, odd = tl.split(tl.reshape(b_q, [BLOCK_R, BLOCK_F // 2, 2]))
-            width = (f + 1) // 2
             byte = start // 2 + tl.arange(0, BLOCK_F // 2)
             m_q = m_row[:, None] & (byte < width)[None, :]
             tl.store(p_data + b_id[:, None] * width + byte[None, :], even | (odd << 4), mask=m_q)
         else:
-            tl.store(p_data + b_id[:, None] * f + col[None, :], b_q, mask=m_x)
+            tl.store(p_data + b_id[:, None] * width + col[None, :], b_q, mask=m_x)
 
 
 @triton.jit
