@@ -42,6 +42,18 @@ TILES["csr_slice_relabel_kernel"] = (
     Tile({"BLOCK_E": 512}, 4, 1, why="two dependent random reads an edge: the map, then the first edge's rank"),
 )
 
+# aggregate. Bytes an edge at f = 128: 16 of column, halo entry and weight; then its row, 512 of fp32 or 32 of codes,
+# whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of three dependent loads
+# and by L1. Both want edges in flight: blocks of edges small enough for 16 warps or so on an SM. A program is one warp,
+# so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
+_AGGREGATE = (
+    Tile({"BLOCK_E": 32, "BLOCK_F": 32}, 1, 1, lambda sizes: sizes["f"] <= 32, "latency: a warp waits for 32 edges"),
+    Tile({"BLOCK_E": 8, "BLOCK_F": 64}, 1, 1, lambda sizes: sizes["f"] <= 64, "registers, where an odd f loads singly"),
+    Tile({"BLOCK_E": 8, "BLOCK_F": 128}, 1, 1, why="registers: 16 edges take 250 with codes, and spill with int4"),
+)
+TILES["aggregate_fwd_kernel"] = _AGGREGATE
+TILES["aggregate_chunk_kernel"] = _AGGREGATE
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""

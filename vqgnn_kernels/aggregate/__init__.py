@@ -20,7 +20,7 @@ def aggregate(
     grad_x = C_BB^T grad_out + C_HB^T G~_H        (equation 7: this function over csr_t and grad_rows)
 
     The halo is decoded edge by edge in registers; no [h, f] array exists. Sums are fp32, each row's in a fixed order
-    (in-batch edges first), so the result does not depend on the number of threads. Rows, weights and codebooks get no
+    (on the CPU in-batch edges first), so the result does not depend on the number of threads or on scheduling. Rows, weights and codebooks get no
     gradient. They are read again by the backward as they are then, not as they were: writing new state into a table
     between forward and backward is allowed.
 
@@ -35,7 +35,8 @@ def aggregate(
         [r, f] of x's dtype.
     Raises:
         ValueError: wrong dtype or shape, a column or halo entry out of range (found while the edges are read, at no
-            extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified values.
+            extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified values. On CUDA
+            entries out of range are skipped without an error, which would need a synchronisation.
     """
     check_tensor("x", x, FLOATS, (None, None))
     b, f = x.shape
