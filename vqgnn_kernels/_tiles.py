@@ -43,9 +43,9 @@ TILES["csr_slice_relabel_kernel"] = (
 )
 
 # aggregate. Bytes an edge at f = 128: 16 of column, halo entry and weight; then its row, 512 of fp32 or 32 of codes,
-# whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of three dependent loads
-# and by L1. Both want edges in flight: blocks of edges small enough for 16 warps or so on an SM. A program is one warp,
-# so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
+# whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of dependent loads and by
+# L1. Both want edges in flight: blocks of edges small enough for a dozen warps and more on an SM. A program is one
+# warp, so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
 _AGGREGATE = (
     Tile({"BLOCK_E": 32, "BLOCK_F": 32}, 1, 1, lambda sizes: sizes["f"] <= 32, "latency: a warp waits for 32 edges"),
     Tile({"BLOCK_E": 8, "BLOCK_F": 64}, 1, 1, lambda sizes: sizes["f"] <= 64, "registers, where an odd f loads singly"),

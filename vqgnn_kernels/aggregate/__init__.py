@@ -20,9 +20,9 @@ def aggregate(
     grad_x = C_BB^T grad_out + C_HB^T G~_H        (equation 7: this function over csr_t and grad_rows)
 
     The halo is decoded edge by edge in registers; no [h, f] array exists. Sums are fp32, each row's in a fixed order
-    (on the CPU in-batch edges first), so the result does not depend on the number of threads or on scheduling. Rows, weights and codebooks get no
-    gradient. They are read again by the backward as they are then, not as they were: writing new state into a table
-    between forward and backward is allowed.
+    (on the CPU in-batch edges first), so the result depends neither on the number of threads nor on scheduling. Rows,
+    weights and codebooks get no gradient. They are read again by the backward as they are then, not as they were:
+    writing new state into a table between forward and backward is allowed.
 
     Args:
         x: [b, f] fp32/fp16/bf16, the batch's own rows; b may be 0.

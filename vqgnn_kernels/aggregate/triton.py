@@ -30,7 +30,7 @@ def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor:
     out = torch.empty(num_rows, f, dtype=x.dtype, device=x.device)
     arguments = {"p_x": x, "p_rowptr": rowptr, "p_col": col, "p_weight": weight, "p_halo": halo, "p_partial": partial}
     arguments |= {"b": b, "f": f, "num_edges": num_edges, "num_halo": num_halo, **table, "SPLIT": SPLIT}
-    if num_edges >= SPLIT:
+    if num_rows and num_edges >= SPLIT:
         _triton.launch(
             aggregate_chunk_kernel,
             lambda blocks: (num_edges // SPLIT, triton.cdiv(f, blocks["BLOCK_F"])),
@@ -120,7 +120,7 @@ def aggregate_fwd_kernel(
     i = tl.program_id(0).to(tl.int64)
     first_col = tl.program_id(1) * BLOCK_F
     feature = first_col + tl.arange(0, BLOCK_F)
-    begin = tl.maximum(tl.load(p_rowptr + i), 0)
+    begin = tl.minimum(tl.maximum(tl.load(p_rowptr + i), 0), num_edges)
     end = tl.minimum(tl.load(p_rowptr + i + 1), num_edges)
     first_chunk = (begin + SPLIT - 1) // SPLIT
     last_chunk = tl.maximum(end // SPLIT, first_chunk)
