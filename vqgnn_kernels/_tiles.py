@@ -21,6 +21,30 @@ class Tile(NamedTuple):
 
 TILES: dict[str, tuple[Tile, ...]] = {}
 
+# global_attention
+TILES["global_attention_fwd_kernel"] = (
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 64},
+        when=lambda sizes: sizes["width"] <= 64,
+        why="tensor cores; a block's queries and outputs stay in registers while the codewords pass through L2",
+    ),
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 32},
+        num_warps=8,
+        when=lambda sizes: sizes["width"] <= 128,
+        why="registers: wider queries and outputs, and both halves of tf32x3's operands",
+    ),
+    Tile({"BLOCK_B": 32, "BLOCK_K": 32}, num_warps=8, num_stages=1, why="registers and shared memory"),
+)
+TILES["global_attention_bwd_query_kernel"] = TILES["global_attention_bwd_codewords_kernel"] = (
+    Tile(
+        {"BLOCK_B": 32, "BLOCK_K": 32},
+        when=lambda sizes: sizes["width"] <= 64,
+        why="registers: three products live at a time",
+    ),
+    Tile({"BLOCK_B": 32, "BLOCK_K": 32}, num_warps=8, num_stages=1, why="registers and shared memory"),
+)
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""
