@@ -11,8 +11,8 @@ from vqgnn_kernels import global_attention
 )  # fmt: skip
 def test_compile(compiled, F, V, dtype):
     def call():
-        query = torch.randn(70, 4, F).to(dtype).requires_grad_()
-        keys, values = torch.randn(4, 130, F), torch.randn(4, 130, V)
-        global_attention(query, keys, values, torch.ones(4, 130)).sum().backward()
+        query = torch.randn(1000, 4, F).to(dtype).requires_grad_()
+        keys, values = torch.randn(4, 256, F), torch.randn(4, 256, V)
+        global_attention(query, keys, values, torch.ones(4, 256)).sum().backward()
 
     compiled(f"F={F} V={V} {str(dtype).removeprefix('torch.')}", call)

@@ -206,4 +206,4 @@ def _arguments(query, keys, values, counts, scale) -> tuple[dict, dict, dict]:
     inputs = {name: t.contiguous() for name, t in zip(names, (query, keys, values, counts), strict=True)}
     precision = "tf32x3" if query.dtype == torch.float32 else "tf32"
     common = {"b": b, "H": H, "K": K, "scale": scale, "F": F, "V": V, "PAD_F": PAD_F, "PAD_V": PAD_V}
-    return inputs, {**common, "PRECISION": precision}, {"width": max(PAD_F, PAD_V)}
+    return inputs, {**common, "PRECISION": precision}, {"width": max(PAD_F, PAD_V), "bits": 8 * query.element_size()}
