@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -249,6 +250,49 @@ void bind_graph_ops(py::module_& m) {
 
 }  // namespace
 
+// ---- global_attention ------------------------------------------------------------------------------------------------
+VQGNN_DECLARE(void global_attention(int64_t b, int64_t H, int64_t K, int64_t F, int64_t V, const float* query,
+                                    const float* keys_t, const float* values, const float* bias, float* out,
+                                    float* lse))
+VQGNN_DECLARE(void global_attention_backward(int64_t b, int64_t H, int64_t K, int64_t F, int64_t V, const float* query,
+                                             const float* keys, const float* keys_t, const float* values_t,
+                                             const float* bias, const float* grad_out, const float* mean,
+                                             const float* lse, float* grad_query, float* grad_keys,
+                                             float* grad_values))
+
+namespace {
+
+// Sizes as cpp.py fills them up; rows: the addresses that b = 0 may leave null.
+void check_attention(int64_t b, int64_t H, int64_t K, int64_t F, int64_t V, std::initializer_list<uintptr_t> tables,
+                     std::initializer_list<uintptr_t> rows) {
+  require(b >= 0 && H >= 1 && K >= 1 && F >= 1 && V >= 1 && K % 64 == 0 && F % 16 == 0 && V % 16 == 0,
+          "a size is out of range");
+  for (uintptr_t address : tables) require(address, "an address is null");
+  for (uintptr_t address : rows) require(address || b == 0, "an address is null");
+}
+
+void global_attention(int64_t b, int64_t H, int64_t K, int64_t F, int64_t V, uintptr_t query, uintptr_t keys_t,
+                      uintptr_t values, uintptr_t bias, uintptr_t out, uintptr_t lse) {
+  check_attention(b, H, K, F, V, {keys_t, values, bias}, {query, out, lse});
+  py::gil_scoped_release release;
+  VQGNN_DISPATCH(global_attention, b, H, K, F, V, pointer<const float>(query), pointer<const float>(keys_t),
+                 pointer<const float>(values), pointer<const float>(bias), pointer<float>(out), pointer<float>(lse));
+}
+
+void global_attention_backward(int64_t b, int64_t H, int64_t K, int64_t F, int64_t V, uintptr_t query, uintptr_t keys,
+                               uintptr_t keys_t, uintptr_t values_t, uintptr_t bias, uintptr_t grad_out, uintptr_t mean,
+                               uintptr_t lse, uintptr_t grad_query, uintptr_t grad_keys, uintptr_t grad_values) {
+  check_attention(b, H, K, F, V, {keys, keys_t, values_t, bias, grad_keys, grad_values},
+                  {query, grad_out, mean, lse, grad_query});
+  py::gil_scoped_release release;
+  VQGNN_DISPATCH(global_attention_backward, b, H, K, F, V, pointer<const float>(query), pointer<const float>(keys),
+                 pointer<const float>(keys_t), pointer<const float>(values_t), pointer<const float>(bias),
+                 pointer<const float>(grad_out), pointer<const float>(mean), pointer<const float>(lse),
+                 pointer<float>(grad_query), pointer<float>(grad_keys), pointer<float>(grad_values));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vqgnn_kernels over raw pointers; import torch first";
   m.def("isa", &vqgnn::isa_name, "Instruction set in use: base, avx2 or avx512");
@@ -259,4 +303,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("codebook_stats", &codebook_stats);
   m.def("codebook_update", &codebook_update);
   bind_graph_ops(m);
+
+  // global_attention
+  m.def("global_attention", &global_attention);
+  m.def("global_attention_backward", &global_attention_backward);
 }

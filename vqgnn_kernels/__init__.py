@@ -5,6 +5,7 @@ from ._library import register
 from .aggregate import CSR, Rows, aggregate
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
+from .global_attention import global_attention
 from .store_io import pull_rows, push_rows
 from .vq_assign import vq_assign, vq_assign_stats
 
@@ -17,6 +18,7 @@ __all__ = [
     "codebook_update",
     "csr_slice",
     "csr_slice_values",
+    "global_attention",
     "pull_rows",
     "push_rows",
     "register",

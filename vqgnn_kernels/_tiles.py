@@ -54,6 +54,51 @@ _AGGREGATE = (
 TILES["aggregate_fwd_kernel"] = _AGGREGATE
 TILES["aggregate_chunk_kernel"] = _AGGREGATE
 
+# global_attention: tensor cores. Registers bound it: tf32x3 holds both halves of every fp32 operand, so fp32 tiles are
+# smaller than half precision ones, and 8 warps share what gets wide.
+TILES["global_attention_fwd_kernel"] = (
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 64},
+        when=lambda sizes: sizes["bits"] == 16 and sizes["width"] <= 64,
+        why="queries and outputs stay in registers while the codewords, read from L2, pass by: fewer passes",
+    ),
+    Tile({"BLOCK_B": 64, "BLOCK_K": 32}, when=lambda sizes: sizes["width"] <= 32, why="K = 64 spills under 4 warps"),
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 16},
+        num_warps=8,
+        when=lambda sizes: sizes["width"] <= 64,
+        why="K = 32 spills, and so do 4 warps",
+    ),
+    Tile({"BLOCK_B": 32, "BLOCK_K": 32}, num_warps=8, num_stages=1, why="B = 64 and a second stage spill"),
+)
+TILES["global_attention_bwd_query_kernel"] = (
+    Tile(
+        {"BLOCK_B": 32, "BLOCK_K": 32},
+        when=lambda sizes: sizes["bits"] == 16 and sizes["width"] <= 64,
+        why="queries, output gradients and query gradients of the block stay in registers",
+    ),
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 16},
+        num_warps=8,
+        when=lambda sizes: sizes["width"] <= 64,
+        why="three products live at a time: K = 32 spills",
+    ),
+    Tile({"BLOCK_B": 16, "BLOCK_K": 32}, num_warps=8, num_stages=1, why="B = 32 spills"),
+)
+TILES["global_attention_bwd_codewords_kernel"] = (
+    Tile(
+        {"BLOCK_B": 32, "BLOCK_K": 32},
+        when=lambda sizes: sizes["bits"] == 16 and sizes["width"] <= 64,
+        why="keys, values and their gradients of the block stay in registers while the queries pass by",
+    ),
+    Tile(
+        {"BLOCK_B": 16, "BLOCK_K": 32},
+        when=lambda sizes: sizes["width"] <= 64,
+        why="four products live at a time: B = 32 spills",
+    ),
+    Tile({"BLOCK_B": 32, "BLOCK_K": 16}, num_warps=8, num_stages=1, why="K = 32 spills"),
+)
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""
