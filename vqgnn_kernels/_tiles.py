@@ -62,14 +62,19 @@ TILES["global_attention_fwd_kernel"] = (
         when=lambda sizes: sizes["bits"] == 16 and sizes["width"] <= 64,
         why="queries and outputs stay in registers while the codewords, read from L2, pass by: fewer passes",
     ),
-    Tile({"BLOCK_B": 64, "BLOCK_K": 32}, when=lambda sizes: sizes["width"] <= 32, why="K = 64 spills under 4 warps"),
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 32},
+        num_warps=8,
+        when=lambda sizes: sizes["width"] <= 32,
+        why="4 warps spill under Triton 3.6",
+    ),
     Tile(
         {"BLOCK_B": 64, "BLOCK_K": 16},
         num_warps=8,
         when=lambda sizes: sizes["width"] <= 64,
         why="K = 32 spills, and so do 4 warps",
     ),
-    Tile({"BLOCK_B": 32, "BLOCK_K": 32}, num_warps=8, num_stages=1, why="B = 64 and a second stage spill"),
+    Tile({"BLOCK_B": 16, "BLOCK_K": 32}, num_warps=8, why="B = 32 spills"),
 )
 TILES["global_attention_bwd_query_kernel"] = (
     Tile(

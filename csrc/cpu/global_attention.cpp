@@ -1,8 +1,8 @@
 // Attention of every query to the codewords of its head, weighted by their counts, without the array of scores.
 //
-// Every product here is C += A B with lanes along B's contiguous rows (codewords for scores, columns for the rest), so one
-// register tile serves them all. cpp.py has filled every width up to whole vectors and K to whole blocks, multiplied the
-// keys by the scale and stored them also transposed by block. A task is a block of queries of one head, or, for the
+// Every product here is C += A B with lanes along B's contiguous rows (codewords for scores, columns for the rest), so
+// one register tile serves them all. cpp.py has filled every width up to whole vectors and K to whole blocks, multiplied
+// the keys by the scale and stored them also transposed by block. A task is a block of queries of one head, or, for the
 // gradients of keys and values, a block of codewords which meets all queries in order: who runs it changes no sum.
 #include <algorithm>
 #include <cmath>
