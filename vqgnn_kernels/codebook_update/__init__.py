@@ -13,6 +13,8 @@ def codebook_stats(
     num_codes: int,
     mean: Tensor | None = None,  # [m*dv]
     rstd: Tensor | None = None,  # [m*dv]
+    *,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # [m, K], [m, K, dv]
     """Size and vector sum of every cluster of a batch.
 
@@ -24,12 +26,15 @@ def codebook_stats(
         codes: [b, m] assignment, uint8 for num_codes <= 256, else int16.
         num_codes: K, the codewords of a branch.
         mean, rstd: [m*dv] fp32; given both, rows are whitened, (v - mean) * rstd, on the fly.
+        deterministic: add the rows of a codeword up in one fixed order on CUDA too, at the price of sorting the codes;
+            None: as torch.use_deterministic_algorithms says. On the CPU the order is always fixed.
 
     Returns:
         counts [m, K] fp32 and sums [m, K, dv] fp32. Not differentiable.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a code outside 0..num_codes-1.
+        ValueError: wrong shape, dtype or device, or a code outside 0..num_codes-1. On CUDA such a code is left out
+            instead: finding it would need a synchronisation.
     """
     dtype = code_dtype(num_codes)
     if codes.dim() != 2 or codes.shape[1] == 0 or codes.dtype != dtype:
@@ -44,7 +49,9 @@ def codebook_stats(
             "pass the rows that were assigned"
         )
     check_rows(v, v.shape[1], mean, rstd, codes.device)
-    return _codebook_stats(v.detach(), codes, num_codes, mean, rstd)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return _codebook_stats(v.detach(), codes, num_codes, mean, rstd, deterministic)
 
 
 def codebook_update(
@@ -146,11 +153,11 @@ def check_rows(v: Tensor, width: int, mean: Tensor | None, rstd: Tensor | None, 
             )
 
 
-def _stats_implementation(v, codes, num_codes, mean, rstd):
-    return implementation(__name__, v, codes).codebook_stats(v, codes, num_codes, mean, rstd)
+def _stats_implementation(v, codes, num_codes, mean, rstd, deterministic=False):
+    return implementation(__name__, v, codes).codebook_stats(v, codes, num_codes, mean, rstd, deterministic)
 
 
-def _stats_fake(v, codes, num_codes, mean, rstd):
+def _stats_fake(v, codes, num_codes, mean, rstd, deterministic=False):
     m = codes.shape[1]
     counts = v.new_empty((m, num_codes), dtype=torch.float32)
     return counts, v.new_empty((m, num_codes, v.shape[1] // m), dtype=torch.float32)
@@ -167,7 +174,8 @@ def _update_fake(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, me
 
 
 _codebook_stats = register(
-    "codebook_stats(Tensor v, Tensor codes, int num_codes, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor)",
+    "codebook_stats(Tensor v, Tensor codes, int num_codes, Tensor? mean, Tensor? rstd, bool deterministic=False) "
+    "-> (Tensor, Tensor)",
     _stats_implementation,
     _stats_fake,
 )

@@ -21,8 +21,8 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def codebook_stats(
-    v: Tensor, codes: Tensor, num_codes: int, mean: Tensor | None, rstd: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    v: Tensor, codes: Tensor, num_codes: int, mean: Tensor | None, rstd: Tensor | None, deterministic: bool = True
+) -> tuple[Tensor, Tensor]:  # the sums have one fixed order in any case
     v, (codes, mean, rstd) = float_rows(v), contiguous(codes, mean, rstd)
     (b, m), K = codes.shape, num_codes
     dv = v.shape[1] // m

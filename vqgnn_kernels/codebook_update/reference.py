@@ -26,6 +26,7 @@ def codebook_stats(
     num_codes: int,
     mean: Tensor | None = None,  # [m*dv]
     rstd: Tensor | None = None,  # [m*dv]
+    deterministic: bool = True,  # on the CPU the sums always are
 ) -> tuple[Tensor, Tensor]:  # [m, K], [m, K, dv]
     (b, m), K = codes.shape, num_codes
     dv = v.shape[1] // m

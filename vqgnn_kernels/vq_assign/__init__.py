@@ -39,13 +39,18 @@ def vq_assign_stats(
     codebook: Tensor,  # [m, K, dv]
     mean: Tensor | None = None,  # [m*dv]
     rstd: Tensor | None = None,  # [m*dv]
+    *,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [b, m], [m, K], [m, K, dv]
     """`vq_assign` and the statistics of its clusters: (codes, counts, sums), all that `codebook_update` needs.
 
-    Arguments and errors are those of `vq_assign`; counts [m, K] and sums [m, K, dv] fp32 are `codebook_stats` of codes.
+    Arguments and errors are those of `vq_assign`, `deterministic` is that of `codebook_stats`; counts [m, K] and
+    sums [m, K, dv] fp32 are `codebook_stats` of codes. Where sums need not be deterministic, one kernel does all.
     """
     _check(v, codebook, mean, rstd)
-    return _vq_assign_stats(v.detach(), codebook.detach(), mean, rstd)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return _vq_assign_stats(v.detach(), codebook.detach(), mean, rstd, deterministic)
 
 
 def _check(v, codebook, mean, rstd):
@@ -71,11 +76,11 @@ def _assign_fake(v, codebook, mean, rstd):
     return v.new_empty((v.shape[0], codebook.shape[0]), dtype=code_dtype(codebook.shape[1]))
 
 
-def _stats_implementation(v, codebook, mean, rstd):
-    return implementation(__name__, v, codebook).vq_assign_stats(v, codebook, mean, rstd)
+def _stats_implementation(v, codebook, mean, rstd, deterministic=False):
+    return implementation(__name__, v, codebook).vq_assign_stats(v, codebook, mean, rstd, deterministic)
 
 
-def _stats_fake(v, codebook, mean, rstd):
+def _stats_fake(v, codebook, mean, rstd, deterministic=False):
     codes = _assign_fake(v, codebook, mean, rstd)
     return codes, torch.empty_like(codebook[:, :, 0]), torch.empty_like(codebook)
 
@@ -84,7 +89,8 @@ _vq_assign = register(
     "vq_assign(Tensor v, Tensor codebook, Tensor? mean, Tensor? rstd) -> Tensor", _assign_implementation, _assign_fake
 )
 _vq_assign_stats = register(
-    "vq_assign_stats(Tensor v, Tensor codebook, Tensor? mean, Tensor? rstd) -> (Tensor, Tensor, Tensor)",
+    "vq_assign_stats(Tensor v, Tensor codebook, Tensor? mean, Tensor? rstd, bool deterministic=False) "
+    "-> (Tensor, Tensor, Tensor)",
     _stats_implementation,
     _stats_fake,
 )

@@ -17,9 +17,9 @@ def vq_assign(v: Tensor, codebook: Tensor, mean: Tensor | None, rstd: Tensor | N
 
 
 def vq_assign_stats(
-    v: Tensor, codebook: Tensor, mean: Tensor | None, rstd: Tensor | None
+    v: Tensor, codebook: Tensor, mean: Tensor | None, rstd: Tensor | None, deterministic: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Two passes: the search is far longer than adding up, and this way the sums have one fixed order.
+    # Two passes: the search is far longer than adding up, and this way the sums always have one fixed order.
     v = float_rows(v)
     codes = vq_assign(v, codebook, mean, rstd)
     return codes, *codebook_stats(v, codes, codebook.shape[1], mean, rstd)

@@ -29,6 +29,7 @@ def vq_assign_stats(
     codebook: Tensor,  # [m, K, dv]
     mean: Tensor | None = None,  # [m*dv]
     rstd: Tensor | None = None,  # [m*dv]
+    deterministic: bool = True,  # the sums always are
 ) -> tuple[Tensor, Tensor, Tensor]:  # [b, m], [m, K], [m, K, dv]
     codes = vq_assign(v, codebook, mean, rstd)
     return codes, *codebook_stats(v, codes, codebook.shape[1], mean, rstd)

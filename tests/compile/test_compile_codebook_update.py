@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from vqgnn_kernels import codebook_stats, codebook_update
+from vqgnn_kernels.codebook_update import code_dtype
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((1000, 32, 1024, 8), torch.float32), ((1000, 43, 256, 3), torch.bfloat16), ((1000, 2, 256, 64), torch.float32)],
+    ids=str,
+)
+def test_codebook_update(compiled, size, dtype):
+    b, m, K, dv = size
+    v, codes = torch.zeros(b, m * dv, dtype=dtype), torch.zeros(b, m, dtype=code_dtype(K))
+    mean, rstd = torch.zeros(m * dv), torch.ones(m * dv)
+    counts, sums = torch.zeros(m, K), torch.zeros(m, K, dv)
+    state = torch.zeros(m, K, dv), counts.clone(), sums.clone()
+    case = f"K={K} dv={dv} {str(dtype).removeprefix('torch.')}"
+    compiled(f"stats atomic {case}", lambda: codebook_stats(v, codes, K, mean, rstd, deterministic=False))
+    compiled(f"stats sorted {case}", lambda: codebook_stats(v, codes, K, mean, rstd, deterministic=True))
+    revival = {"v": v, "mean": mean, "rstd": rstd, "revive_below": 0.1, "seed": 7}
+    compiled(f"update {case}", lambda: codebook_update(*state, counts, sums, 0.9, **revival))
