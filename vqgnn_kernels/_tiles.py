@@ -102,58 +102,6 @@ TILES["global_attention_bwd_codewords_kernel"] = (
         why="four products live at a time: B = 32 spills",
     ),
     Tile({"BLOCK_B": 32, "BLOCK_K": 16}, num_warps=8, num_stages=1, why="K = 32 spills"),
-
-# vq_assign. Instructions are those of the loop over codewords, a score, sm_90.
-TILES["vq_assign_fwd_kernel"] = (
-    Tile(
-        {"BLOCK_B": 1024, "BLOCK_K": 4},
-        when=lambda sizes: sizes["rows"] >= 1 << 20,
-        why="issue slots: 12.5 instructions at dv = 8 (8 are multiply-adds), 7.5 at dv = 4; 8 rows a thread share a "
-        "codeword's loads and norm, 4 codewords a turn share the bookkeeping; 16 rows would spill",
-    ),
-    Tile(
-        {"BLOCK_B": 128, "BLOCK_K": 4},
-        num_warps=1,
-        why="too few rows to fill the device with large tiles; 4 rows a thread, 15.2 instructions",
-    ),
-)
-TILES["vq_assign_dot_fwd_kernel"] = (
-    Tile(
-        {"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": 16},
-        when=lambda sizes: sizes["dv"] <= 16,
-        why="issue slots: 13.8 instructions, of which tf32x3's splitting and the running minimum are nearly all; "
-        "multiply-adds would take 28",
-    ),
-    Tile(
-        {"BLOCK_B": 64, "BLOCK_K": 32, "BLOCK_D": 32},
-        why="registers on sm_80: 166 with the three parts of tf32x3; twice the codewords spill",
-    ),
-)
-
-# codebook_update
-TILES["codebook_stats_atomic_kernel"] = (
-    Tile(
-        {"BLOCK_B": 128},
-        when=lambda sizes: sizes["dv"] <= 16,
-        why="atomics in L2, dv + 1 a row and branch; no reuse to block for",
-    ),
-    Tile({"BLOCK_B": 32}, why="the same; fewer rows, since a row takes dv registers over 128 threads"),
-)
-TILES["codebook_stats_sorted_kernel"] = (
-    Tile(
-        {"BLOCK_B": 32},
-        num_warps=1,
-        why="latency of gathered rows: a codeword has b / K of them, tens to hundreds, so one warp each",
-    ),
-)
-TILES["codebook_update_kernel"] = (
-    Tile(
-        {"BLOCK_K": 128},
-        num_warps=8,
-        when=lambda sizes: sizes["dv"] <= 16,
-        why="latency: one program a branch, since N needs all its counts before any is overwritten",
-    ),
-    Tile({"BLOCK_K": 32}, num_warps=8, why="the same; a row of dv > 16 takes the registers of several codewords"),
 )
 
 
