@@ -21,6 +21,73 @@ class Tile(NamedTuple):
 
 TILES: dict[str, tuple[Tile, ...]] = {}
 
+# vq_assign. Instructions are those of the loop over codewords, a score, sm_90.
+TILES["vq_assign_fwd_kernel"] = (
+    Tile(
+        {"BLOCK_B": 1024, "BLOCK_K": 4},
+        when=lambda sizes: sizes["rows"] >= 1 << 20,
+        why="issue slots: 12.5 instructions at dv = 8 (8 are multiply-adds), 7.5 at dv = 4; 8 rows a thread share a "
+        "codeword's loads and norm, 4 codewords a turn share the bookkeeping; 16 rows would spill",
+    ),
+    Tile(
+        {"BLOCK_B": 128, "BLOCK_K": 4},
+        num_warps=1,
+        why="too few rows to fill the device with large tiles; 4 rows a thread, 15.2 instructions",
+    ),
+)
+TILES["vq_assign_dot_fwd_kernel"] = (
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 64, "BLOCK_D": 16},
+        when=lambda sizes: sizes["dv"] <= 16,
+        why="issue slots: 13.8 instructions, of which tf32x3's splitting and the running minimum are nearly all; "
+        "multiply-adds would take 28",
+    ),
+    Tile(
+        {"BLOCK_B": 64, "BLOCK_K": 32, "BLOCK_D": 32},
+        why="registers on sm_80: 166 with the three parts of tf32x3; twice the codewords spill",
+    ),
+)
+
+# codebook_update
+TILES["codebook_stats_atomic_kernel"] = (
+    Tile(
+        {"BLOCK_B": 128},
+        when=lambda sizes: sizes["dv"] <= 16,
+        why="atomics in L2, dv + 1 a row and branch; no reuse to block for",
+    ),
+    Tile({"BLOCK_B": 32}, why="the same; fewer rows, since a row takes dv registers over 128 threads"),
+)
+TILES["codebook_stats_sorted_kernel"] = (
+    Tile(
+        {"BLOCK_B": 32},
+        num_warps=1,
+        when=lambda sizes: sizes["dv"] <= 16,
+        why="latency of gathered rows: a codeword has b / K of them, tens to hundreds, so one warp each",
+    ),
+    Tile({"BLOCK_B": 8}, num_warps=1, why="the same; a row of dv > 16 keeps a warp busy, and 32 take 240 registers"),
+)
+TILES["codebook_update_kernel"] = (
+    Tile(
+        {"BLOCK_K": 128},
+        num_warps=8,
+        when=lambda sizes: sizes["dv"] <= 16,
+        why="latency: one program a branch, since N needs all its counts before any is overwritten",
+    ),
+    Tile({"BLOCK_K": 32}, num_warps=8, why="the same; a row of dv > 16 takes the registers of several codewords"),
+)
+
+# aggregate. Bytes an edge at f = 128: 16 of column, halo entry and weight; then its row, 512 of fp32 or 32 of codes,
+# whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of dependent loads and by
+# L1. Both want edges in flight: blocks of edges small enough for a dozen warps and more on an SM. A program is one
+# warp, so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
+_AGGREGATE = (
+    Tile({"BLOCK_E": 32, "BLOCK_F": 32}, 1, 1, lambda sizes: sizes["f"] <= 32, "latency: a warp waits for 32 edges"),
+    Tile({"BLOCK_E": 8, "BLOCK_F": 64}, 1, 1, lambda sizes: sizes["f"] <= 64, "registers, where an odd f loads singly"),
+    Tile({"BLOCK_E": 8, "BLOCK_F": 128}, 1, 1, why="registers: 16 edges take 250 with codes, and spill with int4"),
+)
+TILES["aggregate_fwd_kernel"] = _AGGREGATE
+TILES["aggregate_chunk_kernel"] = _AGGREGATE
+
 # store_io: all limited by memory (or by PCIe, where the table is pinned). 8 values a thread keep most kernels at 32
 # registers, so that the SM is full of loads; 16 spill in pull_rows. Short rows lie side by side: fewer idle lanes.
 _NARROW, _WIDE = {"BLOCK_R": 32, "BLOCK_F": 32}, {"BLOCK_R": 8, "BLOCK_F": 128}
@@ -42,17 +109,23 @@ TILES["csr_slice_relabel_kernel"] = (
     Tile({"BLOCK_E": 512}, 4, 1, why="two dependent random reads an edge: the map, then the first edge's rank"),
 )
 
-# aggregate. Bytes an edge at f = 128: 16 of column, halo entry and weight; then its row, 512 of fp32 or 32 of codes,
-# whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of dependent loads and by
-# L1. Both want edges in flight: blocks of edges small enough for a dozen warps and more on an SM. A program is one
-# warp, so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
-_AGGREGATE = (
-    Tile({"BLOCK_E": 32, "BLOCK_F": 32}, 1, 1, lambda sizes: sizes["f"] <= 32, "latency: a warp waits for 32 edges"),
-    Tile({"BLOCK_E": 8, "BLOCK_F": 64}, 1, 1, lambda sizes: sizes["f"] <= 64, "registers, where an odd f loads singly"),
-    Tile({"BLOCK_E": 8, "BLOCK_F": 128}, 1, 1, why="registers: 16 edges take 250 with codes, and spill with int4"),
+# attention_aggregate: a program walks through one row's edges for one head. Typical rows have 5-30 edges, so short
+# blocks of edges and few warps, and many programs on a multiprocessor hide the chain rowptr, col, code, codeword.
+for _name in ("attention_aggregate_fwd_kernel", "attention_aggregate_bwd_rows_kernel"):
+    TILES[_name] = (
+        Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 64, "latency: one warp, so its sums need no shared memory"),
+        Tile({"BLOCK_E": 16}, 4, 1, lambda s: s["F"] <= 256, "registers: an array of [16, 256] takes 32 a thread"),
+        Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
+    )
+TILES["attention_aggregate_bwd_columns_kernel"] = (
+    Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 64, "latency: one warp, so its sums need no shared memory"),
+    Tile({"BLOCK_E": 8}, 4, 1, lambda s: s["F"] <= 256, "registers: gradients and queries; 16 edges spill on sm_100"),
+    Tile({"BLOCK_E": 8}, 8, 1, lambda s: s["F"] <= 512, "registers: 4 edges would do, but ptxas then spills on sm_100"),
+    Tile({"BLOCK_E": 2}, 8, 1, why="registers: two arrays of 16 a thread each at F = 2048; 4 edges spill"),
 )
-TILES["aggregate_fwd_kernel"] = _AGGREGATE
-TILES["aggregate_chunk_kernel"] = _AGGREGATE
+TILES["code_scores_kernel"] = (
+    Tile({"BLOCK_B": 64}, 2, 1, why="L1 latency of one look-up a branch; few registers, so many warps at once"),
+)
 
 # global_attention: tensor cores. Registers bound it: tf32x3 holds both halves of every fp32 operand, so fp32 tiles are
 # smaller than half precision ones, and 8 warps share what gets wide.
