@@ -251,7 +251,7 @@ void bind_graph_ops(py::module_& m) {
 
 }  // namespace
 
-// ---- attention_aggregate ---------------------------------------------------------------------------------------------
+// ---- attention_aggregate -------------------------------------------------------------------------------------------
 // A problem arrives as a dict of its fields, addresses as integers. The kernels return false for a bad index.
 
 VQGNN_DECLARE(bool attention_forward(const AttentionProblem& p, float* out, float* lse))

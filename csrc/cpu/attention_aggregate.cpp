@@ -1,10 +1,10 @@
 // Softmax attention over each row's edges. Nothing of size [edges, heads, f] exists.
 //
-// A thread takes a row and goes over its edges in blocks of kBlock: it decodes the block's halo rows into a small buffer,
-// computes the scores of all heads as [heads, kBlock] arrays (so that exp, masks and maxima are vector loops over edges,
-// whatever the number of heads), and adds the block's messages with the sums in registers. The forward rescales its sums
-// when a block raises the maximum; the backward knows the maximum (lse) beforehand. One thread sums a row, in edge order,
-// so the result does not depend on the number of threads.
+// A thread takes a row and goes over its edges in blocks of kBlock: it decodes the block's halo rows into a small
+// buffer, computes the scores of all heads as [heads, kBlock] arrays (exp, masks and maxima are then vector loops over
+// edges, whatever the number of heads), and adds the block's messages with the sums in registers. The forward rescales
+// its sums when a block raises the maximum; the backward knows the maximum (lse) beforehand. One thread sums a row, in
+// edge order, so the result does not depend on the number of threads.
 #include "cpu/attention_aggregate.h"
 
 #include <algorithm>
@@ -148,10 +148,10 @@ void decode_row(const Table& table, int64_t row, int64_t width, float* out) {
 
 // A thread's scratch memory. Arrays over heads and edges are [heads, kBlock].
 struct Block {
-  int count;                  // edges in the block
+  int count;                   // edges in the block
   int64_t column[kBlock];
-  const float* row[kBlock];   // their rows of x or grad_out, or the decoded ones
-  const float* query[kBlock]; // csr_t: their destinations' queries
+  const float* row[kBlock];    // their rows of x or grad_out, or the decoded ones
+  const float* query[kBlock];  // csr_t: their destinations' queries
   std::vector<float> decoded, p, keep, ds, top, total;
 
   Block(const Problem& problem, int64_t width)
@@ -162,6 +162,10 @@ struct Block {
         top(problem.heads),
         total(problem.heads) {}
 };
+
+VQGNN_INLINE void prefetch(const float* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c);
+}
 
 // Takes edges from e on, up to kBlock of them, and moves e behind them; false when an entry is out of range.
 bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t end, Block& block) {
@@ -176,6 +180,7 @@ bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t
     }
     if (c < p.num_own) {
       block.row[k] = own + c * width;
+      prefetch(block.row[k], width);
     } else {
       if (p.table.codec == Codec::none) continue;
       int64_t row = c - p.num_own;
@@ -198,8 +203,7 @@ bool row_is_valid(const Problem& p, int64_t i) {
   return p.rowptr[i] >= 0 && p.rowptr[i] <= p.rowptr[i + 1] && p.rowptr[i + 1] <= p.num_edges;
 }
 
-// keep[h, k] = 1 / (1 - dropout), or 0 where the edge from source[k] to destination[k] is dropped for head h. `chain` is
-// the hash of (seed, destination, source).
+// keep[k] = 1 / (1 - dropout), or 0 where head h drops edge k. chain[k]: the hash of (seed, destination, source).
 VQGNN_INLINE void keep_head(const Problem& p, const uint32_t* chain, int64_t h, int count, float* keep) {
   for (int k = 0; k < count; ++k) {
     keep[k] = mix(chain[k] ^ uint32_t(h)) <= p.drop_last ? 0.0f : p.keep_scale;
@@ -355,6 +359,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
     for (int k = 0; k < count; ++k) {
       const int64_t i = block.column[k], entry = i - p.num_own;
       block.query[k] = p.query + i * query_width;
+      prefetch(block.query[k], query_width);
       lse[k] = entry < 0 ? p.lse + i * heads : p.halo_stats + 2 * entry * heads;
       delta[k] = entry < 0 ? p.delta + i * heads : lse[k] + heads;
     }
@@ -406,7 +411,8 @@ bool forward(const Problem& p, float* out, float* lse) {
 template <Score score>
 bool backward_rows(const Problem& p, float* grad_query, float* grad_attention) {
   const int64_t size = p.heads * p.f, query_width = score == Score::additive ? p.heads : size;
-  const int64_t chunk_rows = score == Score::gatv2 ? std::max<int64_t>(1, (p.num_rows + kParts - 1) / kParts) : kChunkRows;
+  const int64_t part_rows = std::max<int64_t>(1, (p.num_rows + kParts - 1) / kParts);
+  const int64_t chunk_rows = score == Score::gatv2 ? part_rows : kChunkRows;
   std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0);
   const bool good = for_rows(p, p.split ? size : p.f, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
     return backward_row<score>(p, i, block, grad_query + i * query_width, parts.data() + part * size);
