@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
@@ -10,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/attention_aggregate.h"
 #include "cpu/dispatch.h"
 #include "cpu/table.h"
 
@@ -293,6 +295,97 @@ void global_attention_backward(int64_t b, int64_t H, int64_t K, int64_t F, int64
 
 }  // namespace
 
+// ---- attention_aggregate -------------------------------------------------------------------------------------------
+// A problem arrives as a dict of its fields, addresses as integers. The kernels return false for a bad index.
+
+VQGNN_DECLARE(bool attention_forward(const AttentionProblem& p, float* out, float* lse))
+VQGNN_DECLARE(bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention))
+VQGNN_DECLARE(bool attention_backward_columns(const AttentionProblem& p, float* grad_x, float* grad_key))
+VQGNN_DECLARE(bool code_scores(const Table& table, const int64_t* n_id, int64_t k, const float* lookup,
+                               int64_t num_codes, int64_t heads, float* out))
+
+namespace {
+
+// The table's rows hold sources, or gradients, which always have all heads' columns.
+vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_of_gradients) {
+  vqgnn::AttentionProblem p;
+  const auto integer = [&](const char* name) { return fields[name].cast<int64_t>(); };
+  const auto floats = [&](const char* name) { return pointer<const float>(fields[name].cast<uintptr_t>()); };
+  const std::string mode = fields["mode"].cast<std::string>();
+  require(mode == "additive" || mode == "dot" || mode == "gatv2", "unknown mode");
+  p.score = mode == "additive" ? vqgnn::Score::additive : mode == "dot" ? vqgnn::Score::dot : vqgnn::Score::gatv2;
+  p.heads = integer("heads");
+  p.f = integer("f");
+  p.split = fields["split"].cast<bool>();
+  p.slope = fields["slope"].cast<float>();
+  p.scale = fields["scale"].cast<float>();
+  const double dropout = fields["dropout"].cast<double>();
+  require(dropout >= 0.0 && dropout < 1.0, "dropout must lie in [0, 1)");
+  p.keep_scale = float(1.0 / (1.0 - dropout));
+  p.drops = dropout > 0.0;
+  p.drop_last = p.drops ? uint32_t(uint64_t(std::ceil(dropout * 0x1p32)) - 1) : 0;
+  p.seed = fields["seed"].cast<uint32_t>();
+  p.rowptr = pointer<const int64_t>(fields["rowptr"].cast<uintptr_t>());
+  p.num_rows = integer("num_rows");
+  p.col = pointer<const int32_t>(fields["col"].cast<uintptr_t>());
+  p.num_edges = integer("num_edges");
+  p.halo = pointer<const int64_t>(fields["halo"].cast<uintptr_t>());
+  p.num_halo = integer("num_halo");
+  p.num_own = integer("num_own");
+  p.max_columns = integer("max_columns");
+  p.x = floats("x");
+  p.query = floats("query");
+  p.key = floats("key");
+  p.attention = floats("attention");
+  p.grad_out = floats("grad_out");
+  p.lse = floats("lse");
+  p.delta = floats("delta");
+  p.halo_stats = floats("halo_stats");
+  require(p.heads >= 1 && p.f >= 0 && p.num_rows >= 0 && p.num_edges >= 0 && p.num_halo >= 0 && p.num_own >= 0,
+          "a size is out of range");
+  p.table = as_table(fields["table"], table_of_gradients || p.split ? p.heads * p.f : p.f);
+  require(p.rowptr && (p.col || p.num_edges == 0), "an address is null");
+  require(p.table.codec < vqgnn::Codec::pq8 || p.table.codebook || p.table.num_rows == 0, "codes need a codebook");
+  return p;
+}
+
+bool attention_forward(const py::dict& fields, uintptr_t out, uintptr_t lse) {
+  const vqgnn::AttentionProblem p = as_attention_problem(fields, false);
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(attention_forward, p, pointer<float>(out), pointer<float>(lse));
+}
+
+bool attention_backward_rows(const py::dict& fields, uintptr_t grad_query, uintptr_t grad_attention) {
+  const vqgnn::AttentionProblem p = as_attention_problem(fields, false);
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(attention_backward_rows, p, pointer<float>(grad_query), pointer<float>(grad_attention));
+}
+
+bool attention_backward_columns(const py::dict& fields, uintptr_t grad_x, uintptr_t grad_key) {
+  const vqgnn::AttentionProblem p = as_attention_problem(fields, true);
+  require(p.table.codec == vqgnn::Codec::none || p.halo_stats || p.max_columns == p.num_own, "no halo_stats");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(attention_backward_columns, p, pointer<float>(grad_x), pointer<float>(grad_key));
+}
+
+bool code_scores(const py::object& table_object, uintptr_t n_id, int64_t k, uintptr_t lookup, int64_t num_codes,
+                 int64_t heads, uintptr_t out) {
+  const vqgnn::Table table = as_table(table_object, 0);
+  require(table.codec >= vqgnn::Codec::pq8 && num_codes >= 1 && k >= 0 && heads >= 0, "a size is out of range");
+  py::gil_scoped_release release;
+  return VQGNN_DISPATCH(code_scores, table, pointer<const int64_t>(n_id), k, pointer<const float>(lookup), num_codes,
+                        heads, pointer<float>(out));
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward_rows", &attention_backward_rows);
+  m.def("attention_backward_columns", &attention_backward_columns);
+  m.def("code_scores", &code_scores);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vqgnn_kernels over raw pointers; import torch first";
   m.def("isa", &vqgnn::isa_name, "Instruction set in use: base, avx2 or avx512");
@@ -303,6 +396,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("codebook_stats", &codebook_stats);
   m.def("codebook_update", &codebook_update);
   bind_graph_ops(m);
+  bind_attention(m);
 
   // global_attention
   m.def("global_attention", &global_attention);

@@ -3,6 +3,7 @@
 from ._backend import backends, set_num_threads
 from ._library import register
 from .aggregate import CSR, Rows, aggregate
+from .attention_aggregate import attention_aggregate, code_scores
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
 from .global_attention import global_attention
@@ -13,7 +14,9 @@ __all__ = [
     "CSR",
     "Rows",
     "aggregate",
+    "attention_aggregate",
     "backends",
+    "code_scores",
     "codebook_stats",
     "codebook_update",
     "csr_slice",

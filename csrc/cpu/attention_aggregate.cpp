@@ -1,0 +1,490 @@
+// Softmax attention over each row's edges. Nothing of size [edges, heads, f] exists.
+//
+// A thread takes a row and goes over its edges in blocks of kBlock: it decodes the block's halo rows into a small
+// buffer, computes the scores of all heads as [heads, kBlock] arrays (exp, masks and maxima are then vector loops over
+// edges, whatever the number of heads), and adds the block's messages with the sums in registers. The forward rescales
+// its sums when a block raises the maximum; the backward knows the maximum (lse) beforehand. One thread sums a row, in
+// edge order, so the result does not depend on the number of threads.
+#include "cpu/attention_aggregate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace vqgnn {
+namespace VQGNN_ISA {
+namespace {
+
+using Problem = AttentionProblem;
+
+constexpr int kBlock = 32;      // edges at a time
+constexpr int kChunkRows = 16;  // rows a thread takes at a time
+constexpr int kParts = 256;     // partial sums of grad_attention: fixed, so that the threads do not matter
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// ---- One edge, one head ---------------------------------------------------------------------------------------------
+
+VQGNN_INLINE float leaky(float v, float slope) { return v > 0.0f ? v : slope * v; }
+VQGNN_INLINE float leaky_slope(float v, float slope) { return v > 0.0f ? 1.0f : slope; }
+
+// Within 2 units in the last place; 0 below the smallest normal number. Plain arithmetic, so that loops vectorise.
+VQGNN_INLINE float exponential(float v) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  const float clamped = v > 88.0f ? 88.0f : v < -87.3f ? -87.3f : v;
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float t = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  sum = sum * t + 1.3981999507e-3f;
+  sum = sum * t + 8.3334519073e-3f;
+  sum = sum * t + 4.1665795894e-2f;
+  sum = sum * t + 1.6666665459e-1f;
+  sum = sum * t + 5.0000001201e-1f;
+  sum = sum * t * t + t + 1.0f;
+  const float result = bits_to_float(float_to_bits(sum) + (float_to_bits(shifted) << 23));
+  return v < -87.3f ? 0.0f : v != v ? v : result;
+}
+
+VQGNN_INLINE uint32_t mix(uint32_t z) {  // lowbias32
+  z ^= z >> 16;
+  z *= 0x7feb352du;
+  z ^= z >> 15;
+  z *= 0x846ca68bu;
+  return z ^ (z >> 16);
+}
+
+VQGNN_INLINE float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+template <Score score>
+VQGNN_INLINE float edge_score(const Problem& p, const float* x, const float* query, const float* key, int64_t h) {
+  if constexpr (score == Score::additive) return leaky(key[h] + query[h], p.slope);
+  if (p.split) x += h * p.f;
+  query += h * p.f;
+  if constexpr (score == Score::dot) return p.scale * dot(query, x, p.f);
+  const float* attention = p.attention + h * p.f;
+  const float slope = p.slope;
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < p.f; ++c) sum += attention[c] * leaky(x[c] + query[c], slope);
+  return sum;
+}
+
+// ---- A block of edges -----------------------------------------------------------------------------------------------
+
+// sums[0 .. f - 1] += the sum of weight[k] * row[k][offset + c]
+template <int nv>
+VQGNN_INLINE void add_vectors(float* sums, const float* const* row, int64_t offset, const float* weight, int count) {
+  Floats acc[nv];
+  for (int v = 0; v < nv; ++v) acc[v] = load<Floats>(sums + v * kLanes);
+  for (int k = 0; k < count; ++k) {
+    for (int v = 0; v < nv; ++v) acc[v] += weight[k] * load<Floats>(row[k] + offset + v * kLanes);
+  }
+  for (int v = 0; v < nv; ++v) store(sums + v * kLanes, acc[v]);
+}
+
+void add_rows(float* sums, int64_t f, const float* const* row, int64_t offset, const float* weight, int count) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= f; c += 4 * kLanes) add_vectors<4>(sums + c, row, offset + c, weight, count);
+  for (; c + kLanes <= f; c += kLanes) add_vectors<1>(sums + c, row, offset + c, weight, count);
+  for (; c < f; ++c) {
+    for (int k = 0; k < count; ++k) sums[c] += weight[k] * row[k][offset + c];
+  }
+}
+
+template <typename Read>
+void decode_values(const Table& table, int64_t row, int64_t width, float* out) {
+  const char* data = (const char*)table.data + row * table.row_bytes;
+  Affine affine{1.0f, 0.0f};
+  if (table.scale) affine = {bf16_to_float(table.scale[2 * row]), bf16_to_float(table.scale[2 * row + 1])};
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) store(out + c, Read::vector(data, c, affine));
+  for (; c < width; ++c) out[c] = Read::scalar(data, c, affine);
+}
+
+template <typename Code>
+VQGNN_INLINE const float* codeword(const Table& table, const char* data, int64_t j) {
+  const int64_t code = std::min(int64_t(load<Code>(data + j * sizeof(Code))), table.K - 1);
+  return table.codebook + (j * table.K + code) * table.d;
+}
+
+template <typename Code, int d>
+int64_t decode_whole_branches(const Table& table, const char* data, int64_t width, float* out) {
+  const int64_t whole = width / d;
+  for (int64_t j = 0; j < whole; ++j) store(out + j * d, load<Vec<float, d>>(codeword<Code>(table, data, j)));
+  return whole;
+}
+
+template <typename Code>
+void decode_codes(const Table& table, int64_t row, int64_t width, float* out) {
+  const char* data = (const char*)table.data + row * table.row_bytes;
+  const int64_t d = table.d;
+  int64_t j = 0;
+  if (d == 4) j = decode_whole_branches<Code, 4>(table, data, width, out);
+  if (d == 8) j = decode_whole_branches<Code, 8>(table, data, width, out);
+  for (; j * d < width; ++j) {
+    std::copy_n(codeword<Code>(table, data, j), std::min(d, width - j * d), out + j * d);
+  }
+}
+
+void decode_row(const Table& table, int64_t row, int64_t width, float* out) {
+  switch (table.codec) {
+    case Codec::none: return;
+    case Codec::fp32: return decode_values<ReadFloat>(table, row, width, out);
+    case Codec::fp16: return decode_values<ReadHalf>(table, row, width, out);
+    case Codec::int8: return decode_values<ReadByte>(table, row, width, out);
+    case Codec::int4: return decode_values<ReadNibble>(table, row, width, out);
+    case Codec::pq8: return decode_codes<uint8_t>(table, row, width, out);
+    case Codec::pq16: return decode_codes<uint16_t>(table, row, width, out);
+  }
+}
+
+// A thread's scratch memory. Arrays over heads and edges are [heads, kBlock].
+struct Block {
+  int count;                   // edges in the block
+  int64_t column[kBlock];
+  const float* row[kBlock];    // their rows of x or grad_out, or the decoded ones
+  const float* query[kBlock];  // csr_t: their destinations' queries
+  std::vector<float> decoded, p, keep, ds, top, total;
+
+  Block(const Problem& problem, int64_t width)
+      : decoded(kBlock * width),
+        p(problem.heads * kBlock),
+        keep(problem.heads * kBlock),
+        ds(problem.heads * kBlock),
+        top(problem.heads),
+        total(problem.heads) {}
+};
+
+VQGNN_INLINE void prefetch(const float* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c);
+}
+
+// Takes edges from e on, up to kBlock of them, and moves e behind them; false when an entry is out of range.
+bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t end, Block& block) {
+  bool good = true;
+  block.count = 0;
+  for (; e < end && block.count < kBlock; ++e) {
+    const int64_t c = p.col[e];
+    const int k = block.count;
+    if (c < 0) {
+      good = false;
+      continue;
+    }
+    if (c < p.num_own) {
+      block.row[k] = own + c * width;
+      prefetch(block.row[k], width);
+    } else {
+      if (p.table.codec == Codec::none) continue;
+      int64_t row = c - p.num_own;
+      if (p.halo) row = row < p.num_halo ? p.halo[row] : -1;
+      if (c >= p.max_columns || uint64_t(row) >= uint64_t(p.table.num_rows)) {
+        good = false;
+        continue;
+      }
+      float* decoded = block.decoded.data() + k * width;
+      decode_row(p.table, row, width, decoded);
+      block.row[k] = decoded;
+    }
+    block.column[k] = c;
+    ++block.count;
+  }
+  return good;
+}
+
+bool row_is_valid(const Problem& p, int64_t i) {
+  return p.rowptr[i] >= 0 && p.rowptr[i] <= p.rowptr[i + 1] && p.rowptr[i + 1] <= p.num_edges;
+}
+
+// keep[k] = 1 / (1 - dropout), or 0 where head h drops edge k. chain[k]: the hash of (seed, destination, source).
+VQGNN_INLINE void keep_head(const Problem& p, const uint32_t* chain, int64_t h, int count, float* keep) {
+  for (int k = 0; k < count; ++k) {
+    keep[k] = mix(chain[k] ^ uint32_t(h)) <= p.drop_last ? 0.0f : p.keep_scale;
+  }
+}
+
+template <typename Chain>
+void fill_keep(const Problem& p, Block& block, const Chain& chain_of) {
+  if (!p.drops) {
+    std::fill(block.keep.begin(), block.keep.end(), 1.0f);
+    return;
+  }
+  uint32_t chain[kBlock];
+  for (int k = 0; k < block.count; ++k) chain[k] = chain_of(uint32_t(block.column[k]));
+  for (int64_t h = 0; h < p.heads; ++h) keep_head(p, chain, h, block.count, block.keep.data() + h * kBlock);
+}
+
+// Runs `visit(row, block)` for all rows; false when a row was bad. Rows are handed out in fixed chunks.
+template <typename Visit>
+bool for_rows(const Problem& p, int64_t width, int64_t chunk_rows, const Visit& visit) {
+  bool good = p.rowptr[0] == 0 && p.rowptr[p.num_rows] == p.num_edges;
+  const int64_t num_chunks = (p.num_rows + chunk_rows - 1) / chunk_rows;
+#pragma omp parallel reduction(&& : good)
+  {
+    Block block(p, width);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t end = std::min((chunk + 1) * chunk_rows, p.num_rows);
+      for (int64_t i = chunk * chunk_rows; i < end; ++i) good = row_is_valid(p, i) && visit(i, chunk, block) && good;
+    }
+  }
+  return good;
+}
+
+// ---- The three passes over a row ------------------------------------------------------------------------------------
+
+template <Score score>
+bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* lse) {
+  const int64_t heads = p.heads, f = p.f;
+  const float* query = p.query + i * heads * (score == Score::additive ? 1 : f);
+  const uint32_t row_chain = mix(mix(p.seed) ^ uint32_t(i));
+  std::fill(out, out + heads * f, 0.0f);
+  std::fill(block.top.begin(), block.top.end(), -kInfinity);
+  std::fill(block.total.begin(), block.total.end(), 0.0f);
+  bool good = true;
+  for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
+    good &= fill(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    const int count = block.count;
+    if (count == 0) continue;
+    for (int k = 0; k < count; ++k) {
+      const float* key = score == Score::additive ? p.key + block.column[k] * heads : nullptr;
+      for (int64_t h = 0; h < heads; ++h) block.p[h * kBlock + k] = edge_score<score>(p, block.row[k], query, key, h);
+    }
+    fill_keep(p, block, [=](uint32_t column) { return mix(row_chain ^ column); });
+    for (int64_t h = 0; h < heads; ++h) {
+      float* weight = block.p.data() + h * kBlock;
+      const float* keep = block.keep.data() + h * kBlock;
+      const float old = block.top[h];
+      float top = old, total = 0.0f;
+      for (int k = 0; k < count; ++k) top = std::max(top, weight[k]);
+      if (top > old) {
+        const float shrink = exponential(old - top);
+        block.total[h] *= shrink;
+        for (int64_t c = 0; c < f; ++c) out[h * f + c] *= shrink;
+        block.top[h] = top;
+      }
+#pragma omp simd reduction(+ : total)
+      for (int k = 0; k < count; ++k) {
+        const float value = exponential(weight[k] - top);
+        total += value;
+        weight[k] = value * keep[k];
+      }
+      block.total[h] += total;
+      add_rows(out + h * f, f, block.row, p.split ? h * f : 0, weight, count);
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    const float total = block.total[h];
+    lse[h] = block.top[h] + std::log(total);
+    const float norm = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t c = 0; c < f; ++c) out[h * f + c] *= norm;
+  }
+  return good;
+}
+
+// grad_attention is added to.
+template <Score score>
+bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, float* grad_attention) {
+  const int64_t heads = p.heads, f = p.f;
+  const int64_t query_width = heads * (score == Score::additive ? 1 : f);
+  const float* query = p.query + i * query_width;
+  const float slope = p.slope;
+  const uint32_t row_chain = mix(mix(p.seed) ^ uint32_t(i));
+  std::fill(grad_query, grad_query + query_width, 0.0f);
+  bool good = true;
+  for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
+    good &= fill(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    const int count = block.count;
+    fill_keep(p, block, [=](uint32_t column) { return mix(row_chain ^ column); });
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t offset = p.split ? h * f : 0;
+      const float* grad = p.grad_out + (i * heads + h) * f;
+      const float lse = p.lse[i * heads + h], delta = p.delta[i * heads + h];
+      float* ds = block.ds.data() + h * kBlock;
+      float* weight = block.p.data() + h * kBlock;
+      const float* keep = block.keep.data() + h * kBlock;
+      for (int k = 0; k < count; ++k) {
+        const float* key = score == Score::additive ? p.key + block.column[k] * heads : nullptr;
+        weight[k] = edge_score<score>(p, block.row[k], query, key, h);
+        ds[k] = dot(grad, block.row[k] + offset, f);
+      }
+      for (int k = 0; k < count; ++k) ds[k] = exponential(weight[k] - lse) * (keep[k] * ds[k] - delta);
+      if constexpr (score == Score::additive) {
+        for (int k = 0; k < count; ++k) {
+          grad_query[h] += ds[k] * leaky_slope(p.key[block.column[k] * heads + h] + query[h], slope);
+        }
+      } else if constexpr (score == Score::dot) {
+        for (int k = 0; k < count; ++k) ds[k] *= p.scale;
+        add_rows(grad_query + h * f, f, block.row, offset, ds, count);
+      } else {
+        const float* attention = p.attention + h * f;
+        const float* q = query + h * f;
+        for (int k = 0; k < count; ++k) {
+          const float* x = block.row[k] + offset;
+#pragma omp simd
+          for (int64_t c = 0; c < f; ++c) {
+            const float v = x[c] + q[c];
+            grad_query[h * f + c] += ds[k] * attention[c] * leaky_slope(v, slope);
+            grad_attention[h * f + c] += ds[k] * leaky(v, slope);
+          }
+        }
+      }
+    }
+  }
+  return good;
+}
+
+template <Score score>
+bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, float* grad_key) {
+  const int64_t heads = p.heads, f = p.f, width = p.split ? heads * f : f;
+  const int64_t query_width = heads * (score == Score::additive ? 1 : f);
+  const float* x = p.x + j * width;
+  const float* key = score == Score::additive ? p.key + j * heads : nullptr;
+  const float slope = p.slope;
+  const uint32_t first = mix(p.seed);
+  std::fill(grad_x, grad_x + width, 0.0f);
+  if (grad_key) std::fill(grad_key, grad_key + heads, 0.0f);
+  bool good = true;
+  for (int64_t e = p.rowptr[j]; e < p.rowptr[j + 1];) {
+    good &= fill(p, p.grad_out, heads * f, e, p.rowptr[j + 1], block);
+    const int count = block.count;
+    const float *lse[kBlock], *delta[kBlock];
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = block.column[k], entry = i - p.num_own;
+      block.query[k] = p.query + i * query_width;
+      prefetch(block.query[k], query_width);
+      lse[k] = entry < 0 ? p.lse + i * heads : p.halo_stats + 2 * entry * heads;
+      delta[k] = entry < 0 ? p.delta + i * heads : lse[k] + heads;
+    }
+    fill_keep(p, block, [=](uint32_t i) { return mix(mix(first ^ i) ^ uint32_t(j)); });
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t offset = p.split ? h * f : 0;
+      float* ds = block.ds.data() + h * kBlock;
+      float* weight = block.p.data() + h * kBlock;
+      float* keep = block.keep.data() + h * kBlock;
+      for (int k = 0; k < count; ++k) {
+        if (block.column[k] >= p.num_own) keep[k] = 1.0f;  // what lies outside the batch was not dropped
+        weight[k] = edge_score<score>(p, x, block.query[k], key, h) - lse[k][h];
+        ds[k] = dot(block.row[k] + h * f, x + offset, f);
+      }
+      for (int k = 0; k < count; ++k) weight[k] = exponential(weight[k]);
+      for (int k = 0; k < count; ++k) {
+        ds[k] = weight[k] * (keep[k] * ds[k] - delta[k][h]);
+        weight[k] *= keep[k];
+      }
+      add_rows(grad_x + offset, f, block.row, h * f, weight, count);
+      if constexpr (score == Score::additive) {
+        for (int k = 0; k < count; ++k) grad_key[h] += ds[k] * leaky_slope(key[h] + block.query[k][h], slope);
+      } else if constexpr (score == Score::dot) {
+        for (int k = 0; k < count; ++k) ds[k] *= p.scale;
+        add_rows(grad_x + offset, f, block.query, h * f, ds, count);
+      } else {
+        const float* attention = p.attention + h * f;
+        for (int k = 0; k < count; ++k) {
+          const float* q = block.query[k] + h * f;
+#pragma omp simd
+          for (int64_t c = 0; c < f; ++c) {
+            grad_x[offset + c] += ds[k] * attention[c] * leaky_slope(x[offset + c] + q[c], slope);
+          }
+        }
+      }
+    }
+  }
+  return good;
+}
+
+template <Score score>
+bool forward(const Problem& p, float* out, float* lse) {
+  const int64_t heads = p.heads, f = p.f;
+  return for_rows(p, p.split ? heads * f : f, kChunkRows, [&](int64_t i, int64_t, Block& block) {
+    return forward_row<score>(p, i, block, out + i * heads * f, lse + i * heads);
+  });
+}
+
+template <Score score>
+bool backward_rows(const Problem& p, float* grad_query, float* grad_attention) {
+  const int64_t size = p.heads * p.f, query_width = score == Score::additive ? p.heads : size;
+  const int64_t part_rows = std::max<int64_t>(1, (p.num_rows + kParts - 1) / kParts);
+  const int64_t chunk_rows = score == Score::gatv2 ? part_rows : kChunkRows;
+  std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0);
+  const bool good = for_rows(p, p.split ? size : p.f, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
+    return backward_row<score>(p, i, block, grad_query + i * query_width, parts.data() + part * size);
+  });
+  if constexpr (score == Score::gatv2) {
+    std::fill(grad_attention, grad_attention + size, 0.0f);
+    for (int64_t part = 0; part < kParts; ++part) {
+      for (int64_t c = 0; c < size; ++c) grad_attention[c] += parts[part * size + c];
+    }
+  }
+  return good;
+}
+
+template <Score score>
+bool backward_columns(const Problem& p, float* grad_x, float* grad_key) {
+  const int64_t heads = p.heads, width = p.split ? heads * p.f : p.f;
+  return for_rows(p, heads * p.f, kChunkRows, [&](int64_t j, int64_t, Block& block) {
+    return backward_column<score>(p, j, block, grad_x + j * width, grad_key ? grad_key + j * heads : nullptr);
+  });
+}
+
+}  // namespace
+
+// All return false when rowptr, col or halo holds an entry out of range; the results are then unspecified.
+bool attention_forward(const AttentionProblem& p, float* out, float* lse) {
+  switch (p.score) {
+    case Score::additive: return forward<Score::additive>(p, out, lse);
+    case Score::dot: return forward<Score::dot>(p, out, lse);
+    case Score::gatv2: return forward<Score::gatv2>(p, out, lse);
+  }
+  return false;
+}
+
+bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention) {
+  switch (p.score) {
+    case Score::additive: return backward_rows<Score::additive>(p, grad_query, grad_attention);
+    case Score::dot: return backward_rows<Score::dot>(p, grad_query, grad_attention);
+    case Score::gatv2: return backward_rows<Score::gatv2>(p, grad_query, grad_attention);
+  }
+  return false;
+}
+
+bool attention_backward_columns(const AttentionProblem& p, float* grad_x, float* grad_key) {
+  switch (p.score) {
+    case Score::additive: return backward_columns<Score::additive>(p, grad_x, grad_key);
+    case Score::dot: return backward_columns<Score::dot>(p, grad_x, grad_key);
+    case Score::gatv2: return backward_columns<Score::gatv2>(p, grad_x, grad_key);
+  }
+  return false;
+}
+
+// out[i] = the sum over branches j of lookup[j, code of row n_id[i] in branch j]; lookup is [m, K, heads].
+bool code_scores(const Table& table, const int64_t* n_id, int64_t k, const float* lookup, int64_t num_codes,
+                 int64_t heads, float* out) {
+  bool good = true;
+#pragma omp parallel for schedule(static) reduction(&& : good)
+  for (int64_t i = 0; i < k; ++i) {
+    float* sums = out + i * heads;
+    std::fill(sums, sums + heads, 0.0f);
+    if (uint64_t(n_id[i]) >= uint64_t(table.num_rows)) {
+      good = false;
+      continue;
+    }
+    const char* data = (const char*)table.data + n_id[i] * table.row_bytes;
+    for (int64_t j = 0; j < table.m; ++j) {
+      const int64_t code = table.codec == Codec::pq8 ? int64_t(uint8_t(data[j])) : load<uint16_t>(data + 2 * j);
+      const float* row = lookup + (j * num_codes + std::min(code, num_codes - 1)) * heads;
+      for (int64_t h = 0; h < heads; ++h) sums[h] += row[h];
+    }
+  }
+  return good;
+}
+
+}  // namespace VQGNN_ISA
+}  // namespace vqgnn

@@ -1,0 +1,314 @@
+"""Message passing with an attention score for every edge, over in-batch rows and the halo's stored state."""
+
+import torch
+from torch import Tensor
+
+from .._backend import implementation
+from .._library import register, register_autograd
+from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
+from ..aggregate import _check_csr, check_entries
+from . import reference
+
+__all__ = ["attention_aggregate", "code_scores"]
+
+MODES = ("additive", "dot", "gatv2")
+_FP32 = (torch.float32,)
+
+
+def attention_aggregate(
+    x: Tensor,
+    csr: CSR,
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    heads: int,
+    mode: str,
+    split: bool = True,
+    rows: Rows | None = None,
+    csr_t: CSR | None = None,
+    grad_rows: Rows | None = None,
+    halo_stats: Tensor | None = None,
+    attention: Tensor | None = None,
+    negative_slope: float = 0.2,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every row over its edges, by head; no array over edges, heads and features exists.
+
+    out[i, h] = sum_j m_ijh / (1 - dropout) p_ijh x_jh,    p_ijh = exp(s_ijh - lse_ih),    lse_ih = log sum_j exp s_ijh
+
+    with the score of the edge from source j to row i
+        "additive" (GAT):   s_ijh = leaky_relu(key[j, h] + query[i, h])
+        "dot":              s_ijh = scale * <query[i, h], x_jh>
+        "gatv2":            s_ijh = <attention[h], leaky_relu(x_jh + query[i, h])>
+    A row of x or of a table serves as key and as value: x_jh is its columns h*F .. (h+1)*F (split) or all of it.
+
+    The gradient of x and key is exact over the batch's own rows. Out-of-batch destinations join it as constants: their
+    output gradients from grad_rows, their softmax from halo_stats, their queries from query (equation 7's second term
+    for attention). Tables are read again by the backward, which wants those of `rows` unchanged since the forward.
+    Second derivatives do not exist.
+
+    Args:
+        x: [b, w] fp32/fp16/bf16, the batch's own rows, w = H*F (split) or F.
+        csr: r rows, weight None; columns < b are rows of x, the others are halo entries.
+        query: [r + h_t, H] ("additive") or [r + h_t, H, F]; the rows from r on belong to csr_t's halo and get no
+            gradient. Without grad_rows r rows are enough.
+        key: "additive" only, [b + h, H] for x's rows and csr's halo entries; the latter get no gradient. Without rows
+            b rows are enough.
+        heads: H.
+        rows: the table of w columns that csr's halo entries point into; None: they take no part in the softmax.
+        csr_t: the transposed matrix, b rows; columns < r are rows of out, the others are entries of csr_t.halo. Needed
+            when x or key requires a gradient.
+        grad_rows: the table of stored output gradients, H*F columns, that csr_t.halo points into; None skips them.
+        halo_stats: [h_t, 2, H] fp32 with grad_rows: lse and D = <grad_out, out> by head, of csr_t's halo entries.
+        attention: "gatv2" only, [H, F].
+        negative_slope: of the leaky relu.
+        scale: of "dot".
+        dropout: share of attention weights set to 0, in [0, 1).
+        seed: of the dropout. m_ijh depends on (seed mod 2^32, i, j, h) alone, so duplicate edges share theirs; stored
+            destinations have no dropout.
+    Returns:
+        out [r, H, F] of x's dtype, 0 in rows without edges, and lse [r, H] fp32 (-inf there), which has no gradient.
+    Raises:
+        ValueError: wrong dtype, shape or argument, csr_t missing, or, on CPU back-ends, a column or halo entry out of
+            range. On CUDA looking for these would need a synchronisation; such edges are skipped.
+    """
+    num_rows, b, w = _check_forward(x, csr, query, key, heads, mode, split, rows, attention, dropout)
+    wants_columns = x.requires_grad or (key is not None and key.requires_grad)
+    if csr_t is None:
+        if wants_columns and torch.is_grad_enabled():
+            raise ValueError("csr_t is None, but x or key requires a gradient; pass the transposed CSR, or .detach()")
+        if grad_rows is not None:
+            raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
+    else:
+        if _check_csr("csr_t", csr_t) != b:
+            raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
+        _check_unweighted("csr_t", csr_t)
+    if grad_rows is not None:
+        check_rows("grad_rows", grad_rows, heads * w if not split else w)
+        num_halo = _num_halo(csr_t, grad_rows)
+        if query.shape[0] != num_rows + num_halo:
+            raise ValueError(
+                f"query has {query.shape[0]} rows; with grad_rows it needs {num_rows} + {num_halo}, one more for each "
+                "halo entry of csr_t"
+            )
+        if halo_stats is None:
+            raise ValueError("halo_stats is None; grad_rows needs the softmax of its rows, [h_t, 2, H] fp32")
+        check_tensor("halo_stats", halo_stats, _FP32, (num_halo, 2, heads))
+    out, lse = _attention_aggregate(
+        x, *_flat(csr, rows), *_flat(csr_t, grad_rows), halo_stats, query.float(),
+        None if key is None else key.float(), None if attention is None else attention.float(),
+        mode, heads, split, negative_slope, scale, dropout, seed & 0xFFFFFFFF,
+    )  # fmt: skip
+    return out, lse.detach()
+
+
+def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
+    """A linear function of decoded rows, without decoding them: the scores of halo nodes from tables over codewords.
+
+    out[i, h] = sum_j table[j, codes[n_id[i], j], h]
+
+    With table[j, k] = codebook[j, k] @ A[j*d : (j+1)*d] this is pull_rows(rows, n_id, m*d) @ A.
+
+    Args:
+        rows: a table of codec "pq", m branches; its codebook is not needed.
+        n_id: [k] int64, rows to read.
+        table: [m, K, H] fp32.
+    Returns:
+        [k, H] fp32, without gradient.
+    Raises:
+        ValueError: wrong codec, dtype or shape, or, on CPU back-ends, an n_id out of range (on CUDA such rows are 0).
+            Codes >= K are not looked for; they give unspecified values.
+    """
+    if rows.codec != "pq":
+        raise ValueError(f'rows.codec is {rows.codec!r}; scores from codewords need "pq"')
+    check_rows("rows", rows, 0, codebook=False)
+    check_tensor("n_id", n_id, (torch.int64,), (None,))
+    check_tensor("table", table, _FP32, (rows.data.shape[1], None, None))
+    return _code_scores(rows.data, n_id, table.detach())
+
+
+def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, dropout) -> tuple[int, int, int]:
+    """(r, b, w) of valid arguments."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+    check_tensor("x", x, FLOATS, (None, None))
+    b, w = x.shape
+    if heads < 1 or (split and w % heads):
+        raise ValueError(f"heads={heads} must be at least 1 and, with split=True, divide x's {w} columns")
+    features = w // heads if split else w
+    num_rows = _check_csr("csr", csr)
+    _check_unweighted("csr", csr)
+    num_halo = 0
+    if rows is not None:
+        check_rows("rows", rows, w)
+        num_halo = _num_halo(csr, rows)
+    check_tensor("query", query, FLOATS, (None, heads) if mode == "additive" else (None, heads, features))
+    if query.shape[0] < num_rows:
+        raise ValueError(f"query has {query.shape[0]} rows; csr has {num_rows}")
+    if (key is None) != (mode != "additive"):
+        raise ValueError(f'key is for mode "additive", and needed there; got mode {mode!r}')
+    if key is not None:
+        check_tensor("key", key, FLOATS, (None, heads))
+        if key.shape[0] < b + num_halo:
+            raise ValueError(f"key has {key.shape[0]} rows; it needs {b} + {num_halo} for x's rows and csr's halo")
+    if (attention is None) != (mode != "gatv2"):
+        raise ValueError(f'attention is for mode "gatv2", and needed there; got mode {mode!r}')
+    if attention is not None:
+        check_tensor("attention", attention, FLOATS, (heads, features))
+    return num_rows, b, w
+
+
+def _check_unweighted(name: str, csr: CSR) -> None:
+    if csr.weight is not None:
+        raise ValueError(f"{name}.weight must be None: attention weighs the edges; use {name}._replace(weight=None)")
+
+
+def _num_halo(csr: CSR, rows: Rows) -> int:
+    return (rows.data if csr.halo is None else csr.halo).shape[0]
+
+
+def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
+    """The seven op arguments of a matrix and its table; codec "" says that there is no table."""
+    rowptr, col, _, halo = csr or (None,) * 4
+    return (rowptr, col, halo, *(rows or ("", None, None, None)))
+
+
+def _bundle(rowptr, col, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
+    return CSR(rowptr, col, None, halo), Rows(codec, data, scale, codebook) if codec else None
+
+
+def _forward_impl(x, *args):
+    csr, rows = _bundle(*args[:7])
+    query, key, attention, *options = args[15:]
+    kernels = implementation(__name__, x)
+    if kernels is not reference:
+        result = kernels.forward(x, csr, rows, query, key, attention, *options)
+        if result is not None:
+            return result
+    check_entries(csr, x.shape[0], rows)
+    return reference.forward(x, csr, rows, query, key, attention, *options)
+
+
+def _forward_fake(x, rowptr, *args):
+    heads, split = args[18], args[19]
+    num_rows, features = rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
+    return x.new_empty(num_rows, heads, features), x.new_empty(num_rows, heads, dtype=torch.float32)
+
+
+def _rows_impl(grad_out, D, lse, x, *args):
+    csr, rows = _bundle(*args[:7])
+    query, key, attention, *options = args[7:]
+    kernels = implementation(__name__, x)
+    result = None
+    if kernels is not reference:
+        result = kernels.backward_rows(grad_out, D, lse, x, csr, rows, query, key, attention, *options)
+    if result is None:
+        check_entries(csr, x.shape[0], rows)
+        result = reference.backward_rows(grad_out, D, lse, x, csr, rows, query, key, attention, *options)
+    grad_query, grad_attention = result
+    return grad_query, query.new_empty(0) if grad_attention is None else grad_attention
+
+
+def _rows_fake(grad_out, D, lse, x, rowptr, *args):
+    query, attention = args[6], args[8]
+    grad_query = query.new_empty(rowptr.shape[0] - 1, *query.shape[1:])
+    return grad_query, query.new_empty(0) if attention is None else torch.empty_like(attention)
+
+
+def _columns_impl(grad_out, D, lse, x, *args):
+    csr_t, grad_rows = _bundle(*args[:7])
+    halo_stats, query, key, attention, *options = args[7:]
+    kernels = implementation(__name__, x)
+    result = None
+    constants = (halo_stats, query, key, attention, *options)
+    if kernels is not reference:
+        result = kernels.backward_columns(grad_out, D, lse, x, csr_t, grad_rows, *constants)
+    if result is None:
+        check_entries(csr_t, grad_out.shape[0], grad_rows)
+        result = reference.backward_columns(grad_out, D, lse, x, csr_t, grad_rows, *constants)
+    grad_x, grad_key = result
+    return grad_x, query.new_empty(0) if grad_key is None else grad_key
+
+
+def _columns_fake(grad_out, D, lse, x, *args):
+    query, key = args[8], args[9]
+    grad_key = query.new_empty(0) if key is None else key.new_empty(x.shape[0], key.shape[1])
+    return x.new_empty(x.shape), grad_key
+
+
+def _setup_context(ctx, inputs, output):
+    # The tables are plain attributes, not save_for_backward: they may be updated in place between forward and backward,
+    # which autograd's version counter would refuse.
+    ctx.matrix, ctx.matrix_t = inputs[1:8], inputs[8:16]  # the latter with halo_stats
+    ctx.options = inputs[19:]
+    ctx.save_for_backward(inputs[0], *inputs[16:19], *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    x, query, key, attention, out, lse = ctx.saved_tensors
+    needs_x, (needs_query, needs_key, needs_attention) = ctx.needs_input_grad[0], ctx.needs_input_grad[16:19]
+    D = (grad_out.float() * out.float()).sum(2)
+    grad_x = grad_query = grad_key = grad_attention = None
+    if needs_query or needs_attention:
+        grad_query, grad_attention = _backward_rows(
+            grad_out, D, lse, x, *ctx.matrix, query, key, attention, *ctx.options
+        )
+        grad_query = _with_zeros(grad_query, query)
+        if attention is None:
+            grad_attention = None
+    if needs_x or needs_key:
+        grad_x, grad_key = _backward_columns(grad_out, D, lse, x, *ctx.matrix_t, query, key, attention, *ctx.options)
+        grad_key = None if key is None else _with_zeros(grad_key, key)
+    return grad_x, *(None,) * 15, grad_query, grad_key, grad_attention, *(None,) * 7
+
+
+def _with_zeros(grad, tensor):
+    """The gradient of all rows of `tensor`: those of the halo are constants."""
+    return torch.cat([grad, grad.new_zeros(tensor.shape[0] - grad.shape[0], *tensor.shape[1:])])
+
+
+def _scores_impl(data, n_id, table):
+    rows = Rows("pq", data)
+    kernels = implementation(__name__, data, table)
+    if kernels is not reference:
+        out = kernels.code_scores(rows, n_id, table)
+        if out is not None:
+            return out
+    if n_id.numel() and (int(n_id.min()) < 0 or int(n_id.max()) >= data.shape[0]):
+        raise ValueError(f"n_id spans {int(n_id.min())}..{int(n_id.max())}; the table has rows 0..{data.shape[0] - 1}")
+    return reference.code_scores(rows, n_id, table)
+
+
+def _scores_fake(data, n_id, table):
+    return table.new_empty(n_id.shape[0], table.shape[2])
+
+
+_MATRIX = "Tensor rowptr, Tensor col, Tensor? halo, str codec, Tensor? data, Tensor? scales, Tensor? codebook,"
+_OPTIONS = (
+    " Tensor query, Tensor? key, Tensor? attention, str mode, int heads, bool split, float negative_slope, float scale,"
+    " float dropout, int seed)"
+)
+_attention_aggregate = register(
+    f"attention_aggregate(Tensor x, {_MATRIX} Tensor? t_rowptr, Tensor? t_col, Tensor? t_halo, str t_codec,"
+    f" Tensor? t_data, Tensor? t_scales, Tensor? t_codebook, Tensor? halo_stats, {_OPTIONS} -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+)
+_backward_rows = register(
+    f"attention_aggregate_rows(Tensor grad_out, Tensor D, Tensor lse, Tensor x, {_MATRIX} {_OPTIONS}"
+    " -> (Tensor, Tensor)",
+    _rows_impl,
+    _rows_fake,
+)
+_backward_columns = register(
+    f"attention_aggregate_columns(Tensor grad_out, Tensor D, Tensor lse, Tensor x, {_MATRIX} Tensor? halo_stats,"
+    f" {_OPTIONS} -> (Tensor, Tensor)",
+    _columns_impl,
+    _columns_fake,
+)
+_code_scores = register("code_scores(Tensor data, Tensor n_id, Tensor table) -> Tensor", _scores_impl, _scores_fake)
+register_autograd("attention_aggregate", _backward, _setup_context)

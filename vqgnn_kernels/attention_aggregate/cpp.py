@@ -1,0 +1,94 @@
+"""The C++ back-end of attention_aggregate and code_scores: csrc/cpu/attention_aggregate.cpp."""
+
+import torch
+from torch import Tensor
+
+from .._backend import _C
+from .._types import CSR, Rows
+from ..store_io.cpp import address, as_table
+
+
+def forward(
+    x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """None when rowptr, col or halo holds an entry out of range."""
+    options = (mode, heads, split, slope, scale, dropout, seed)
+    problem, kept = _problem(csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention)
+    num_rows = problem["num_rows"]
+    out, lse = torch.empty(num_rows, heads, problem["f"]), torch.empty(num_rows, heads)
+    good = _C.attention_forward(problem, out.data_ptr(), lse.data_ptr())
+    del kept
+    return (out.to(x.dtype), lse) if good else None
+
+
+def backward_rows(
+    grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """None when rowptr, col or halo holds an entry out of range."""
+    options = (mode, heads, split, slope, scale, dropout, seed)
+    problem, kept = _problem(
+        csr, rows, x.shape[0], key, options,
+        x=x, query=query, key=key, attention=attention, grad_out=grad_out, lse=lse, delta=D,
+    )  # fmt: skip
+    grad_query = torch.empty(problem["num_rows"], *query.shape[1:])
+    grad_attention = None if attention is None else torch.empty(heads, problem["f"])
+    good = _C.attention_backward_rows(problem, grad_query.data_ptr(), address(grad_attention))
+    del kept
+    return (grad_query, grad_attention) if good else None
+
+
+def backward_columns(
+    grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """None when rowptr, col or halo holds an entry out of range."""
+    options = (mode, heads, split, slope, scale, dropout, seed)
+    problem, kept = _problem(
+        csr_t, grad_rows, grad_out.shape[0], query, options,
+        x=x, query=query, key=key, attention=attention, grad_out=grad_out, lse=lse, delta=D, halo_stats=halo_stats,
+    )  # fmt: skip
+    grad_x = torch.empty(x.shape)
+    grad_key = None if key is None else torch.empty(x.shape[0], heads)
+    good = _C.attention_backward_columns(problem, grad_x.data_ptr(), address(grad_key))
+    del kept
+    return (grad_x.to(x.dtype), grad_key) if good else None
+
+
+def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor | None:
+    """None when an n_id is out of range."""
+    codes, kept = as_table(rows)
+    n_id, table = n_id.contiguous(), table.contiguous()
+    out = torch.empty(n_id.shape[0], table.shape[2])
+    good = _C.code_scores(
+        codes, n_id.data_ptr(), n_id.shape[0], table.data_ptr(), table.shape[1], table.shape[2], out.data_ptr()
+    )
+    del kept
+    return out if good else None
+
+
+def _problem(
+    csr: CSR, rows: Rows | None, num_own: int, by_column: Tensor | None, options: tuple, **operands: Tensor | None
+) -> tuple[dict, tuple]:
+    """The fields of csrc/cpu/attention_aggregate.h, and the tensors that must outlive the call.
+
+    by_column: the operand (key or query) with a row for every column of csr.
+    """
+    mode, heads, split, slope, scale, dropout, seed = options
+    rowptr, col, halo = (None if t is None else t.contiguous() for t in (csr.rowptr, csr.col, csr.halo))
+    table, kept = as_table(rows)
+    operands = {name: None if t is None else t.float().contiguous() for name, t in operands.items()}
+    width = operands["x"].shape[1]
+    problem = {
+        "mode": mode, "heads": heads, "f": width // heads if split else width, "split": split,
+        "slope": slope, "scale": scale, "dropout": dropout, "seed": seed,
+        "rowptr": rowptr.data_ptr(), "num_rows": rowptr.shape[0] - 1, "col": col.data_ptr(), "num_edges": col.shape[0],
+        "halo": address(halo), "num_halo": 0 if halo is None else halo.shape[0], "table": table,
+        "num_own": num_own, "max_columns": 2**31 if by_column is None else by_column.shape[0],
+        "grad_out": 0, "lse": 0, "delta": 0, "halo_stats": 0,
+        **{name: address(t) for name, t in operands.items()},
+    }  # fmt: skip
+    return problem, (rowptr, col, halo, kept, operands)
