@@ -61,8 +61,10 @@ TILES["codebook_stats_sorted_kernel"] = (
     Tile(
         {"BLOCK_B": 32},
         num_warps=1,
+        when=lambda sizes: sizes["dv"] <= 16,
         why="latency of gathered rows: a codeword has b / K of them, tens to hundreds, so one warp each",
     ),
+    Tile({"BLOCK_B": 8}, num_warps=1, why="the same; a row of dv > 16 keeps a warp busy, and 32 take 240 registers"),
 )
 TILES["codebook_update_kernel"] = (
     Tile(

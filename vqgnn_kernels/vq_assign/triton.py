@@ -32,7 +32,7 @@ def score(b_x, p_c, DV: tl.constexpr):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def vq_assign_fwd_kernel(
     p_v,
     p_codebook,
@@ -95,7 +95,7 @@ def vq_assign_fwd_kernel(
             tl.atomic_add(p_sums + slot * DV + d, b_x[d], mask=m_row, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def vq_assign_dot_fwd_kernel(
     p_v,
     p_codebook,
