@@ -52,9 +52,12 @@ def test_several_blocks(size, device, small_tiles):
     check(vq_assign(v, codebook, mean, rstd), v, codebook, mean, rstd)
 
 
-def test_large_tile(device):
-    tile = _tiles.pick("vq_assign_fwd_kernel", {"rows": 1 << 22, "K": 9, "dv": 4})
-    assert tile.blocks["BLOCK_B"] > _tiles.pick("vq_assign_fwd_kernel", {"rows": 1, "K": 9, "dv": 4}).blocks["BLOCK_B"]
+def test_tile_of_many_rows(device, monkeypatch):
+    large = _tiles.pick("vq_assign_fwd_kernel", {"rows": 1 << 22, "K": 9, "dv": 4})
+    assert large.blocks["BLOCK_B"] > 1000
+    monkeypatch.setitem(_tiles.TILES, "vq_assign_fwd_kernel", (large._replace(when=lambda sizes: True),))
+    v, codebook, mean, rstd = problem(1500, 1, 9, 4, device)
+    check(vq_assign(v, codebook, mean, rstd), v, codebook, mean, rstd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
