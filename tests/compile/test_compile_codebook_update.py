@@ -7,7 +7,12 @@ from vqgnn_kernels.codebook_update import code_dtype
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [((1000, 32, 1024, 8), torch.float32), ((1000, 43, 256, 3), torch.bfloat16), ((1000, 2, 256, 64), torch.float32)],
+    [
+        ((1000, 32, 1024, 8), torch.float32),
+        ((1000, 43, 256, 3), torch.bfloat16),
+        ((1000, 2, 256, 64), torch.float32),
+        ((1, 1, 1, 1), torch.float32),  # Triton makes constants of ones
+    ],
     ids=str,
 )
 def test_codebook_update(compiled, size, dtype):
@@ -19,5 +24,5 @@ def test_codebook_update(compiled, size, dtype):
     case = f"K={K} dv={dv} {str(dtype).removeprefix('torch.')}"
     compiled(f"stats atomic {case}", lambda: codebook_stats(v, codes, K, mean, rstd, deterministic=False))
     compiled(f"stats sorted {case}", lambda: codebook_stats(v, codes, K, mean, rstd, deterministic=True))
-    revival = {"v": v, "mean": mean, "rstd": rstd, "revive_below": 0.1, "seed": 7}
+    revival = {"v": v, "mean": mean, "rstd": rstd, "revive_below": 0.1, "seed": b}
     compiled(f"update {case}", lambda: codebook_update(*state, counts, sums, 0.9, **revival))

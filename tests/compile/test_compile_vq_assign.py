@@ -19,6 +19,8 @@ def problem(b, m, K, dv, dtype):
         ((1000, 43, 256, 3), torch.float16, False),
         ((1000, 8, 1024, 16), torch.float32, True),
         ((1000, 2, 256, 64), torch.float32, False),
+        ((1, 1, 1, 1), torch.float32, True),  # Triton makes constants of ones
+        ((1, 1, 1, 16), torch.float32, True),
     ],
     ids=str,
 )

@@ -32,9 +32,9 @@ def check(codes, v, codebook, mean=None, rstd=None):
 def small_tiles(monkeypatch):
     """Several blocks of rows and of codewords where the problem is small."""
     monkeypatch.setitem(
-        _tiles.TILES, "vq_assign_fwd_kernel", (_tiles.Tile({"BLOCK_B": 16, "BLOCK_K": 2}, num_warps=1),)
+        _tiles.TILES, "vq_assign_fwd_kernel", (_tiles.Tile({"BLOCK_B": 32, "BLOCK_K": 2}, num_warps=1),)
     )
-    tile = _tiles.Tile({"BLOCK_B": 16, "BLOCK_K": 16, "BLOCK_D": 16})
+    tile = _tiles.Tile({"BLOCK_B": 32, "BLOCK_K": 16, "BLOCK_D": 16})
     monkeypatch.setitem(_tiles.TILES, "vq_assign_dot_fwd_kernel", (tile,))
 
 
@@ -52,13 +52,16 @@ def test_several_blocks(size, device, small_tiles):
     check(vq_assign(v, codebook, mean, rstd), v, codebook, mean, rstd)
 
 
-def test_large_tile(device):
-    tile = _tiles.pick("vq_assign_fwd_kernel", {"rows": 1 << 22, "K": 9, "dv": 4})
-    assert tile.blocks["BLOCK_B"] > _tiles.pick("vq_assign_fwd_kernel", {"rows": 1, "K": 9, "dv": 4}).blocks["BLOCK_B"]
+def test_tile_of_many_rows(device, monkeypatch):
+    large = _tiles.pick("vq_assign_fwd_kernel", {"rows": 1 << 22, "K": 9, "dv": 4})
+    assert large.blocks["BLOCK_B"] > 1000
+    monkeypatch.setitem(_tiles.TILES, "vq_assign_fwd_kernel", (large._replace(when=lambda sizes: True),))
+    v, codebook, mean, rstd = problem(1500, 1, 9, 4, device)
+    check(vq_assign(v, codebook, mean, rstd), v, codebook, mean, rstd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [(33, 2, 36, 8), (21, 2, 7, 3), (19, 2, 70, 16)], ids=str)
+@pytest.mark.parametrize("size", [(33, 1, 18, 8), (21, 2, 7, 3), (19, 2, 40, 16)], ids=str)
 def test_small_integers_match_exactly_with_ties_to_the_lowest(size, dtype, device, small_tiles):
     b, m, K, dv = size
     v = torch.randint(-2, 3, (b, m * dv), device=device).to(dtype)
@@ -70,8 +73,8 @@ def test_small_integers_match_exactly_with_ties_to_the_lowest(size, dtype, devic
         assert torch.equal(codes, reference.vq_assign(v, codebook, *whitening))
 
 
-@pytest.mark.parametrize("deterministic", [False, True, None])
-@pytest.mark.parametrize("size", [(0, 2, 5, 8), (35, 2, 21, 8), (21, 3, 7, 3), (19, 2, 40, 16)], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [(0, 2, 5, 8), (35, 2, 9, 8), (21, 1, 7, 3), (39, 1, 20, 16)], ids=str)
 def test_stats_are_those_of_the_codes(size, deterministic, device, small_tiles):
     v, codebook, mean, rstd = problem(*size, device)
     K = size[2]

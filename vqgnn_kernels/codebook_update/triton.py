@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .. import _triton
 
+# Batches and seeds vary: do_not_specialize keeps their values from compiling a kernel again.
+
 
 @triton.jit
 def whitened(x, p_mean, p_rstd, columns, mask):
@@ -17,7 +19,7 @@ def whitened(x, p_mean, p_rstd, columns, mask):
     return tl.where(mask, x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def codebook_stats_atomic_kernel(
     p_v,
     p_codes,
@@ -61,7 +63,7 @@ def first_at_least(p_sorted, b, code):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def codebook_stats_sorted_kernel(
     p_v,
     p_sorted,
@@ -104,7 +106,7 @@ def splitmix64(seed, index):
     return z ^ (z >> 31)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["b", "seed"])
 def codebook_update_kernel(
     p_codebook,
     p_ema_counts,
@@ -154,7 +156,7 @@ def codebook_update_kernel(
         b_c = b_sum / ((b_count + eps) * scale)[:, None]
         if p_v is not None:
             m_dead = m_k & (b_count < revive_below)
-            b_row = splitmix64(seed.to(tl.int64).to(tl.uint64), slot.to(tl.uint64)) % b.to(tl.uint64)
+            b_row = splitmix64(tl.cast(seed, tl.int64).to(tl.uint64), slot.to(tl.uint64)) % tl.cast(b, tl.uint64)
             m_x = m_c & m_dead[:, None]
             columns = (j * DV + dims)[None, :]
             b_x = tl.load(p_v + b_row.to(tl.int64)[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)

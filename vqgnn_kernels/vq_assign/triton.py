@@ -12,8 +12,8 @@ from .. import _triton
 from ..codebook_update import code_dtype
 from ..codebook_update.triton import codebook_stats, contiguous, whitened
 
-# Multiply-adds in registers take 12.5 instructions a score at dv = 8 (sm_90, compiled), 28 at 16; tensor cores 14 at
-# both, dv padded to 16 and in tf32x3 so that ties are those of fp32.
+# Instructions a score in the code compiled for sm_90: multiply-adds in registers take 12.5 at dv = 8 and 22 at 16;
+# tensor cores 14 at both, dv padded to 16 and in tf32x3 so that ties are those of fp32. No time was measured.
 FMA_DV = 8
 
 
@@ -32,7 +32,7 @@ def score(b_x, p_c, DV: tl.constexpr):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def vq_assign_fwd_kernel(
     p_v,
     p_codebook,
@@ -95,7 +95,7 @@ def vq_assign_fwd_kernel(
             tl.atomic_add(p_sums + slot * DV + d, b_x[d], mask=m_row, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def vq_assign_dot_fwd_kernel(
     p_v,
     p_codebook,
