@@ -120,7 +120,6 @@ for _name in ("attention_aggregate_fwd_kernel", "attention_aggregate_bwd_rows_ke
 TILES["attention_aggregate_bwd_columns_kernel"] = (
     Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 64, "latency: one warp, so its sums need no shared memory"),
     Tile({"BLOCK_E": 8}, 4, 1, lambda s: s["F"] <= 256, "registers: gradients and queries; 16 edges spill on sm_100"),
-    Tile({"BLOCK_E": 8}, 8, 1, lambda s: s["F"] <= 512, "registers: 4 edges would do, but ptxas then spills on sm_100"),
     Tile({"BLOCK_E": 2}, 8, 1, why="registers: two arrays of 16 a thread each at F = 2048; 4 edges spill"),
 )
 TILES["code_scores_kernel"] = (
@@ -154,6 +153,13 @@ TILES["global_attention_bwd_query_kernel"] = (
         {"BLOCK_B": 32, "BLOCK_K": 32},
         when=lambda sizes: sizes["bits"] == 16 and sizes["width"] <= 64,
         why="queries, output gradients and query gradients of the block stay in registers",
+    ),
+    Tile(
+        {"BLOCK_B": 32, "BLOCK_K": 32},
+        num_warps=8,
+        num_stages=1,
+        when=lambda sizes: sizes["bits"] == 16,
+        why="wide: 8 warps share the block; B = 16 spills a little",
     ),
     Tile(
         {"BLOCK_B": 64, "BLOCK_K": 16},

@@ -1,0 +1,57 @@
+"""attention_aggregate's Triton kernels, compiled ahead of time: every tile, mode, codec and width of codes."""
+
+import pytest
+import torch
+
+from vqgnn_kernels import CSR, Rows, attention_aggregate, code_scores
+
+NODES = 64
+
+
+def rows(codec, width, d=4, num_codes=256):
+    if codec in ("pq8", "pq16"):
+        codes = torch.zeros(NODES, -(-width // d), dtype=torch.uint8 if codec == "pq8" else torch.int16)
+        return Rows("pq", codes, None, torch.zeros(codes.shape[1], num_codes, d))
+    if codec in ("int8", "int4"):
+        stored = width if codec == "int8" else (width + 1) // 2
+        data = torch.zeros(NODES, stored, dtype=torch.uint8)
+        return Rows(codec, data, torch.zeros(NODES, 2, dtype=torch.bfloat16))
+    return Rows(codec, torch.zeros(NODES, width, dtype=torch.float16 if codec == "fp16" else torch.float32))
+
+
+def step(mode, heads, features, split, table, grad_table, dtype, dropout):
+    """Forward and backward of a batch of 32 rows with 32 halo entries."""
+    r = h = 32
+    rowptr, col, halo = torch.arange(r + 1) * 4, torch.zeros(4 * r, dtype=torch.int32), torch.arange(h)
+    csr = CSR(rowptr, col, None, halo)
+    shape = (heads,) if mode == "additive" else (heads, features)
+    x = torch.zeros(r, heads * features if split else features, dtype=dtype, requires_grad=True)
+    query = torch.zeros(r + h, *shape, requires_grad=True)
+    out, _ = attention_aggregate(
+        x, csr, query, torch.zeros(r + h, heads) if mode == "additive" else None, heads=heads, mode=mode, split=split,
+        rows=table, csr_t=csr, grad_rows=grad_table, halo_stats=torch.zeros(h, 2, heads) if grad_table else None,
+        attention=torch.zeros(heads, features) if mode == "gatv2" else None, dropout=dropout, seed=3,
+    )  # fmt: skip
+    out.sum().backward()
+
+
+CASES = {
+    "gat-4x32-pq8": ("additive", 4, 32, True, rows("pq8", 128), rows("pq8", 128), torch.float32, 0.5),
+    "gat-8x47-pq8": ("additive", 8, 47, True, rows("pq8", 376), None, torch.float32, 0.0),
+    "gatv2-2x128-pq16": ("gatv2", 2, 128, True, rows("pq16", 256, 8, 1024), rows("fp16", 256), torch.bfloat16, 0.5),
+    "gatv2-4x32-fp32": ("gatv2", 4, 32, True, rows("fp32", 128), rows("fp32", 128), torch.float32, 0.0),
+    "dot-shared-3x101-int4": ("dot", 3, 101, False, rows("int4", 101), rows("int4", 303), torch.float16, 0.0),
+    "gatv2-shared-2x512-int8": ("gatv2", 2, 512, False, rows("int8", 512), rows("int8", 1024), torch.float32, 0.5),
+    "dot-1x2000-fp16": ("dot", 1, 2000, True, rows("fp16", 2000), rows("fp16", 2000), torch.float32, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step(compiled, case):
+    compiled(case, lambda: step(*CASES[case]))
+
+
+@pytest.mark.parametrize("codec", ["pq8", "pq16"])
+def test_code_scores(compiled, codec):
+    table = rows(codec, 128, num_codes=256 if codec == "pq8" else 1024)
+    compiled(f"scores-{codec}", lambda: code_scores(table, torch.arange(NODES), torch.zeros(32, 256, 8)))

@@ -1,0 +1,440 @@
+"""The Triton back-end of attention_aggregate.
+
+A program takes one head of one row and walks through the row's edges, BLOCK_E at a time: a row of very many edges is
+one program's work (a limit: such a row is not split over programs). Edges whose column is out of range are skipped.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .._decode import _clamp_code, _dequantise, load_state, table_arguments
+from .._types import CSR, Rows
+
+_ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of grad_attention one program adds up, in a fixed order
+
+
+def forward(
+    x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    num_rows, features = csr.rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
+    out = x.new_empty(num_rows, heads, features)
+    lse = x.new_empty(num_rows, heads, dtype=torch.float32)
+    _triton.launch(
+        attention_aggregate_fwd_kernel,
+        lambda blocks: (num_rows * heads,),
+        {
+            "p_x": x.contiguous(), "b": x.shape[0],
+            **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
+            "p_out": out, "p_lse": lse, "SPLIT": split,
+        },
+        {"F": features},
+        pure=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward_rows(
+    grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    num_rows, features = grad_out.shape[0], grad_out.shape[2]
+    each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
+    programs = triton.cdiv(num_rows, each)
+    grad_query = query.new_empty(num_rows, *query.shape[1:])
+    partial = query.new_empty(programs, heads, features) if mode == "gatv2" else None
+    _triton.launch(
+        attention_aggregate_bwd_rows_kernel,
+        lambda blocks: (programs * heads,),
+        {
+            "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(),
+            "p_x": x.contiguous(), "b": x.shape[0],
+            **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
+            "p_grad_query": grad_query, "p_partial": partial, "num_rows": num_rows, "SPLIT": split, "ROWS": each,
+        },
+        {"F": features},
+        pure=True,
+    )  # fmt: skip
+    return grad_query, None if partial is None else partial.sum(0)
+
+
+def backward_columns(
+    grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    (r, _, features), b = grad_out.shape, x.shape[0]
+    grad_x = x.new_empty(x.shape)
+    grad_key = None if key is None else key.new_empty(b, heads)
+    each = 1 if split else heads  # heads that share a row of x, and so a program
+    _triton.launch(
+        attention_aggregate_bwd_columns_kernel,
+        lambda blocks: (b * heads // each,),
+        {
+            "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(), "b": r,
+            "p_x": x.contiguous(), "p_stats": None if halo_stats is None else halo_stats.contiguous(),
+            **_arguments(
+                csr_t, grad_rows, query, key, attention, mode, heads, features, True, slope, scale, dropout, seed
+            ),
+            "p_grad_x": grad_x, "p_grad_key": grad_key, "SPLIT": split,
+        },
+        {"F": features},
+        pure=True,
+    )  # fmt: skip
+    return grad_x, grad_key
+
+
+def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
+    codes, (m, num_codes, heads) = rows.data.contiguous(), table.shape
+    num_rows = n_id.shape[0]
+    out = table.new_empty(num_rows, heads)
+    _triton.launch(
+        code_scores_kernel,
+        lambda blocks: (triton.cdiv(num_rows, blocks["BLOCK_B"]),),
+        {
+            "p_codes": codes, "p_n_id": n_id.contiguous(), "p_table": table.contiguous(), "p_out": out,
+            "num_rows": num_rows, "num_table": codes.shape[0], "m": m, "K": num_codes, "H": heads,
+            "BLOCK_H": triton.next_power_of_2(heads),
+        },
+        {"H": heads},
+        pure=True,
+    )  # fmt: skip
+    return out
+
+
+def _arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed) -> dict:
+    """What the three kernels share. split: whether the heads' columns lie side by side in the table that is read."""
+    block = triton.next_power_of_2(max(features, 2))  # int4 unpacks pairs
+    halo = None if csr.halo is None else csr.halo.contiguous()
+    num_halo = 0 if rows is None else (rows.data if halo is None else halo).shape[0]
+    return {
+        "p_rowptr": csr.rowptr.contiguous(), "p_col": csr.col.contiguous(), "num_edges": csr.col.shape[0],
+        "p_halo": halo, "num_halo": num_halo, **table_arguments(rows),
+        "p_query": query.contiguous(), "p_key": None if key is None else key.contiguous(),
+        "p_attention": None if attention is None else attention.contiguous(),
+        "slope": slope, "score_scale": scale,
+        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)), "seed": _signed(seed),
+        "kept_scale": 1 / (1 - dropout),
+        "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
+        "BLOCK_F": block,
+    }  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits: one type of kernel argument for all values."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+@triton.jit
+def _mix(z):
+    """The 32-bit hash lowbias32."""
+    z ^= z >> 16
+    z *= 0x7FEB352D
+    z ^= z >> 15
+    z *= 0x846CA68B
+    return z ^ (z >> 16)
+
+
+@triton.jit
+def _dropout(seed, threshold, kept_scale, i, j, head):
+    """m_ijh / (1 - dropout)."""
+    z = _mix(seed.to(tl.uint32, bitcast=True))
+    z = _mix((z ^ i).to(tl.uint32))  # loop variables, so i and head too, are plain ints in the interpreter
+    z = _mix((z ^ j).to(tl.uint32))
+    z = _mix((z ^ head).to(tl.uint32))
+    return tl.where(z >= threshold.to(tl.uint32, bitcast=True), kept_scale, 0.0)
+
+
+@triton.jit
+def _row_edges(p_rowptr, p_col, row, num_rows, num_edges):
+    """(first column, number of edges) of a row, inside p_col even if rowptr is wrong; no edges beyond the last row."""
+    begin = tl.maximum(tl.load(p_rowptr + row, mask=row < num_rows, other=0), 0)
+    end = tl.minimum(tl.load(p_rowptr + row + 1, mask=row < num_rows, other=0), num_edges)
+    return p_col + begin, (end - begin).to(tl.int32)
+
+
+@triton.jit
+def _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Of BLOCK_E edges: column, its row of the table, whether it is of the batch, whether it is a stored one."""
+    edge = start + tl.arange(0, BLOCK_E)
+    col = tl.load(p_edge + edge, mask=edge < degree, other=-1).to(tl.int64)
+    m_batch = (col >= 0) & (col < b)
+    if CODEC == "none":
+        return col, col, m_batch, m_batch & False
+    m_halo = (col >= b) & (col < b + num_halo)
+    row = col - b
+    if p_halo is not None:
+        row = tl.load(p_halo + row, mask=m_halo, other=-1)
+    m_halo &= (row >= 0) & (row < num_table)
+    return col, row, m_batch, m_halo
+
+
+@triton.jit
+def _load_unaligned(p_data, p_scale, p_codebook, row, m_value, col, width, K, D: tl.constexpr, CODEC: tl.constexpr):
+    """load_state of any columns [BLOCK_F], value by value: a head's columns may begin inside a codeword or a byte."""
+    p_row = p_data + row[:, None] * width
+    if CODEC == "pq":
+        code = _clamp_code(tl.load(p_row + (col // D)[None, :], mask=m_value, other=0), K)
+        p_word = p_codebook + (col // D).to(tl.int64) * K * D + col % D
+        value = tl.load(p_word[None, :] + code * D, mask=m_value, other=0.0).to(tl.float32)
+    elif CODEC == "int4":
+        byte = tl.load(p_row + (col // 2)[None, :], mask=m_value, other=0).to(tl.int32)
+        value = ((byte >> (4 * (col % 2))[None, :]) & 15).to(tl.float32)
+    else:
+        value = tl.load(p_row + col[None, :], mask=m_value, other=0).to(tl.float32)
+    if CODEC == "int8" or CODEC == "int4":
+        m_row = tl.max(m_value.to(tl.int32), 1) > 0
+        value = _dequantise(value, p_scale, row, m_row)
+    return value
+
+
+@triton.jit
+def _values(
+    p_x, stride, first, col, row, m_batch, m_halo,
+    p_data, p_scale, p_codebook, width, K,
+    D: tl.constexpr, CODEC: tl.constexpr, F: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_E, BLOCK_F] fp32: columns first .. first + F - 1 of rows of x and of the table, 0 beyond F."""
+    feature = tl.arange(0, BLOCK_F)
+    m_feature = (feature < F)[None, :]
+    m_x = m_batch[:, None] & m_feature
+    value = tl.load(p_x + (col * stride + first)[:, None] + feature[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if CODEC != "none":
+        m_state = m_halo[:, None] & m_feature
+        if ALIGNED:
+            state = load_state(p_data, p_scale, p_codebook, row, m_halo, first, width, K, D, CODEC, BLOCK_F)
+        else:
+            state = _load_unaligned(p_data, p_scale, p_codebook, row, m_state, first + feature, width, K, D, CODEC)
+        value = tl.where(m_state, state, value)
+    return value
+
+
+@triton.jit
+def _leaky(inner, slope):
+    return tl.where(inner > 0, inner, inner * slope)
+
+
+@triton.jit
+def attention_aggregate_fwd_kernel(
+    p_x, b, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
+    p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale, p_out, p_lse,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    i = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    first = head * F if SPLIT else 0
+    stride = H * F if SPLIT else F
+    feature = tl.arange(0, BLOCK_F)
+    m_feature = feature < F
+    if MODE == "additive":
+        query = tl.load(p_query + i * H + head)
+    else:
+        query = tl.load(p_query + (i * H + head) * F + feature, mask=m_feature, other=0.0)[None, :]
+    if MODE == "gatv2":
+        attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)[None, :]
+
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BLOCK_F], tl.float32)
+    p_edge, degree = _row_edges(p_rowptr, p_col, i, i + 1, num_edges)
+    for start in range(0, degree, BLOCK_E):
+        col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+        m_edge = m_batch | m_halo
+        value = _values(
+            p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+            D, CODEC, F, ALIGNED, BLOCK_F,
+        )  # fmt: skip
+        if MODE == "additive":
+            score = _leaky(tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + query, slope)
+        elif MODE == "dot":
+            score = score_scale * tl.sum(query * value, 1)
+        else:
+            score = tl.sum(attention * _leaky(value + query, slope), 1)
+        score = tl.where(m_edge, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # all skipped so far: -inf - -inf would be NaN
+        p = tl.exp(score - shift)
+        shrink = tl.exp(top - shift)
+        total = total * shrink + tl.sum(p, 0)
+        if DROPOUT:
+            p *= _dropout(seed, threshold, kept_scale, i, col, head)
+        acc = acc * shrink + tl.sum(p[:, None] * value, 0)
+        top = new_top
+    # An empty row: 0 and -inf.
+    tl.store(p_lse + i * H + head, top + tl.log(tl.where(total == 0.0, 1.0, total)))
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + (i * H + head) * F + feature, out.to(p_out.dtype.element_ty), mask=m_feature)
+
+
+@triton.jit
+def attention_aggregate_bwd_rows_kernel(
+    p_grad, p_delta, p_lse, p_x, b, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook,
+    num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale,
+    p_grad_query, p_partial, num_rows,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    program = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    first = head * F if SPLIT else 0
+    stride = H * F if SPLIT else F
+    feature = tl.arange(0, BLOCK_F)
+    m_feature = feature < F
+    if MODE == "gatv2":
+        attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
+        grad_attention = tl.zeros([BLOCK_F], tl.float32)
+
+    for each in range(ROWS):
+        i = program * ROWS + each
+        m_row = i < num_rows
+        m_out = feature < tl.where(m_row, F, 0)
+        position = i * H + head
+        if MODE == "additive":
+            query = tl.load(p_query + position, mask=m_row, other=0.0)
+            grad_query = tl.full([], 0.0, tl.float32)
+        else:
+            query = tl.load(p_query + position * F + feature, mask=m_out, other=0.0)[None, :]
+            grad_query = tl.zeros([BLOCK_F], tl.float32)
+        grad = tl.load(p_grad + position * F + feature, mask=m_out, other=0.0).to(tl.float32)
+        delta = tl.load(p_delta + position, mask=m_row, other=0.0)
+        lse = tl.load(p_lse + position, mask=m_row, other=0.0)
+        p_edge, degree = _row_edges(p_rowptr, p_col, i, num_rows, num_edges)
+        for start in range(0, degree, BLOCK_E):
+            col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+            m_edge = m_batch | m_halo
+            value = _values(
+                p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+                D, CODEC, F, ALIGNED, BLOCK_F,
+            )  # fmt: skip
+            if MODE == "additive":
+                inner = tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + query
+                score = _leaky(inner, slope)
+            elif MODE == "dot":
+                score = score_scale * tl.sum(query * value, 1)
+            else:
+                inner = value + query
+                score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
+            p = tl.exp(tl.where(m_edge, score - lse, float("-inf")))
+            by_weight = tl.sum(grad[None, :] * value, 1)
+            if DROPOUT:
+                by_weight *= _dropout(seed, threshold, kept_scale, i, col, head)
+            grad_score = p * (by_weight - delta)
+            if MODE == "additive":
+                grad_query += tl.sum(tl.where(inner > 0, grad_score, grad_score * slope), 0)
+            elif MODE == "dot":
+                grad_query += tl.sum(grad_score[:, None] * value, 0)
+            else:
+                slopes = tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None])
+                grad_query += tl.sum(slopes, 0)
+                grad_attention += tl.sum(slopes * inner, 0)
+        if MODE == "additive":
+            tl.store(p_grad_query + position, grad_query, mask=m_row)
+        elif MODE == "dot":
+            tl.store(p_grad_query + position * F + feature, grad_query * score_scale, mask=m_out)
+        else:
+            tl.store(p_grad_query + position * F + feature, grad_query * attention, mask=m_out)
+    if MODE == "gatv2":
+        tl.store(p_partial + (program * H + head) * F + feature, grad_attention, mask=m_feature)
+
+
+@triton.jit
+def attention_aggregate_bwd_columns_kernel(
+    p_grad, p_delta, p_lse, b, p_x, p_stats, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale,
+    p_codebook, num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale,
+    p_grad_x, p_grad_key,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Row j of the transposed matrix: its edges are the destinations i that read x_j; columns < b are the batch's."""
+    HEADS: tl.constexpr = 1 if SPLIT else H
+    j = (tl.program_id(0) // (H // HEADS)).to(tl.int64)
+    first_head = tl.program_id(0) % (H // HEADS)
+    p_x += j * F * (H // HEADS) + first_head * F
+    p_grad_x += j * F * (H // HEADS) + first_head * F
+    feature = tl.arange(0, BLOCK_F)
+    m_feature = feature < F
+    x = tl.load(p_x + feature, mask=m_feature, other=0.0).to(tl.float32)[None, :]
+    grad_x = tl.zeros([BLOCK_F], tl.float32)
+    p_edge, degree = _row_edges(p_rowptr, p_col, j, j + 1, num_edges)
+
+    for each in range(HEADS):
+        head = first_head + each
+        if MODE == "additive":
+            key = tl.load(p_key + j * H + head)
+            grad_key = tl.full([], 0.0, tl.float32)
+        else:
+            by_score = tl.zeros([BLOCK_F], tl.float32)
+        if MODE == "gatv2":
+            attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
+        for start in range(0, degree, BLOCK_E):
+            col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+            m_edge = m_batch | m_halo
+            grad = _values(
+                p_grad, H * F, head * F, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+                D, CODEC, F, ALIGNED, BLOCK_F,
+            )  # fmt: skip
+            position = col * H + head
+            lse = tl.load(p_lse + position, mask=m_batch, other=0.0)
+            delta = tl.load(p_delta + position, mask=m_batch, other=0.0)
+            if CODEC != "none":
+                p_stat = p_stats + (col - b) * (2 * H) + head
+                lse += tl.load(p_stat, mask=m_halo, other=0.0)
+                delta += tl.load(p_stat + H, mask=m_halo, other=0.0)
+            if MODE == "additive":
+                inner = tl.load(p_query + position, mask=m_edge, other=0.0) + key
+                score = _leaky(inner, slope)
+            else:
+                p_q = p_query + (position * F)[:, None] + feature[None, :]
+                query = tl.load(p_q, mask=m_edge[:, None] & m_feature[None, :], other=0.0)
+                if MODE == "dot":
+                    score = score_scale * tl.sum(query * x, 1)
+                else:
+                    inner = x + query
+                    score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
+            p = tl.exp(tl.where(m_edge, score - lse, float("-inf")))
+            by_weight = tl.sum(grad * x, 1)
+            weight = p
+            if DROPOUT:
+                mask = tl.where(m_halo, 1.0, _dropout(seed, threshold, kept_scale, col, j, head))
+                by_weight *= mask
+                weight *= mask
+            grad_score = p * (by_weight - delta)
+            grad_x += tl.sum(weight[:, None] * grad, 0)
+            if MODE == "additive":
+                grad_key += tl.sum(tl.where(inner > 0, grad_score, grad_score * slope), 0)
+            elif MODE == "dot":
+                by_score += tl.sum(grad_score[:, None] * query, 0)
+            else:
+                by_score += tl.sum(tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None]), 0)
+        if MODE == "additive":
+            tl.store(p_grad_key + j * H + head, grad_key)
+        elif MODE == "dot":
+            grad_x += by_score * score_scale
+        else:
+            grad_x += by_score * attention
+    tl.store(p_grad_x + feature, grad_x.to(p_grad_x.dtype.element_ty), mask=m_feature)
+
+
+@triton.jit
+def code_scores_kernel(
+    p_codes, p_n_id, p_table, p_out, num_rows, num_table, m, K,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    head = tl.arange(0, BLOCK_H)
+    row = tl.load(p_n_id + i, mask=i < num_rows, other=-1)
+    m_row = (row >= 0) & (row < num_table)
+    m_score = m_row[:, None] & (head < H)[None, :]
+    acc = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    for branch in range(m):
+        code = _clamp_code(tl.load(p_codes + row * m + branch, mask=m_row, other=0), K)
+        acc += tl.load(p_table + code[:, None] * H + head[None, :], mask=m_score, other=0.0)
+        p_table += K * H
+    tl.store(p_out + i[:, None] * H + head[None, :], acc, mask=(i < num_rows)[:, None] & (head < H)[None, :])
