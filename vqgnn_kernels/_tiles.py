@@ -50,6 +50,13 @@ TILES["global_attention_bwd_query_kernel"] = (
         why="queries, output gradients and query gradients of the block stay in registers",
     ),
     Tile(
+        {"BLOCK_B": 32, "BLOCK_K": 32},
+        num_warps=8,
+        num_stages=1,
+        when=lambda sizes: sizes["bits"] == 16,
+        why="wide: 8 warps share the block; B = 16 spills a little",
+    ),
+    Tile(
         {"BLOCK_B": 64, "BLOCK_K": 16},
         num_warps=8,
         when=lambda sizes: sizes["width"] <= 64,
