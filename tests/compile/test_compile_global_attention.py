@@ -6,7 +6,8 @@ from vqgnn_kernels import global_attention
 
 @pytest.mark.parametrize(
     ("F", "V", "dtype"),
-    [(32, 32, torch.float32), (64, 64, torch.float32), (47, 64, torch.bfloat16), (128, 128, torch.float32)],
+    [(32, 32, torch.float32), (64, 64, torch.float32), (47, 64, torch.bfloat16),
+     (128, 128, torch.float16), (128, 128, torch.float32)],
     ids=str,
 )  # fmt: skip
 def test_compile(compiled, F, V, dtype):
