@@ -187,3 +187,23 @@ def test_batches_of_other_sizes_are_not_compiled_again(build, data):
         compiled_step(model, batch.x, batch.graph, batch.y).backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"
+
+
+@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+@pytest.mark.parametrize("method", ["vq", "lmc"])
+def test_autocast_keeps_the_state_in_fp32(build, method, data):
+    codec = "pq:d=4,k=8" if method == "vq" else "fp32"
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method=method, codec=codec)
+    exact = copy.deepcopy(model)
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20, prefetch=0)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = step(model, batch.x, batch.graph, batch.y)
+    loss.backward()
+    expected = step(exact, batch.x, batch.graph, batch.y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, exact))
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    for store in vqgnn.stores(model).values():
+        assert all(b.dtype == torch.float32 for b in store.buffers() if b.is_floating_point())
