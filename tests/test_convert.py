@@ -6,12 +6,12 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
-from torch_geometric.nn.models import GCN, GIN, GraphSAGE
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
 from vqgnn.nn import StoreConv
 
-MODELS = [GCN, GraphSAGE, GIN]
+MODELS = [GCN, GraphSAGE, GIN, GAT]
 METHODS = ["vq", "gas", "lmc", "drop", "full"]
 
 
@@ -124,8 +124,11 @@ class Unreached(nn.Module):
     ("build", "options", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(6, 3)), {}, "has no PyG convs"),
-        (lambda: pyg.GAT(6, 8, 2, 3), {}, "GATConv; supported are GCNConv, SAGEConv, GINConv"),
-        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATConv(6, 3)]), {}, "GATConv; supported"),
+        (lambda: GAT(6, 8, 2, 3, v2=True), {}, "GATv2Conv; supported are GCNConv, SAGEConv, GINConv, GATConv"),
+        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATv2Conv(6, 3)]), {}, "GATv2Conv; supported"),
+        (lambda: pyg.GATConv(6, 3, edge_dim=2), {}, r"GATConv\(edge_dim=2\).*use edge_dim=None"),
+        (lambda: pyg.GATConv((6, 6), 3), {}, r"GATConv\(in_channels=\(6, 6\)\).*use one number"),
+        (lambda: GAT(6, 8, 2, 3), {"input": "precompute"}, "needs a fixed C, GATConv has none; use input='auto'"),
         (lambda: pyg.SAGEConv(6, 3, aggr="max"), {}, r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),
         (lambda: pyg.GCNConv(6, 3, aggr="max"), {}, r"GCNConv\(aggr='max'\).*use aggr='sum'"),
         (lambda: pyg.GINConv(nn.Linear(6, 3), aggr="mean"), {}, r"GINConv\(aggr='mean'\).*use aggr='sum'"),
@@ -156,9 +159,10 @@ def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data)
     [("vq", {"codec": "pq:d=4,k=8"}), ("vq", {"codec": "pq:d=4,k=8", "grad": False}), ("gas", {}), ("lmc", {})],
     ids=["vq", "vq-no-grad", "gas", "lmc"],
 )
-def test_compiled_training_steps_are_the_eager_ones(method, options, data):
+@pytest.mark.parametrize("build", [GCN, GAT])
+def test_compiled_training_steps_are_the_eager_ones(build, method, options, data):
     torch._dynamo.reset()
-    eager = vqgnn.convert(GCN(6, 8, 2, 3), data, method=method, **options)
+    eager = vqgnn.convert(build(6, 8, 2, 3), data, method=method, **options)
     compiled = copy.deepcopy(eager)
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     (store,), (compiled_store,) = vqgnn.stores(eager).values(), vqgnn.stores(compiled).values()
@@ -176,10 +180,10 @@ def test_compiled_training_steps_are_the_eager_ones(method, options, data):
         torch.testing.assert_close(compiled_store.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     torch._dynamo.reset()
-    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method="vq", codec="pq:d=4,k=8")
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm", dropout=0.3), data, codec="pq:d=4,k=8")
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     graphs = []
     for batch_size in (13, 11, 9, 8, 7, 6, 5):
@@ -189,7 +193,7 @@ def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"
 
 
-@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 @pytest.mark.parametrize("method", ["vq", "lmc"])
 def test_autocast_keeps_the_state_in_fp32(build, method, data):
     codec = "pq:d=4,k=8" if method == "vq" else "fp32"

@@ -3,7 +3,7 @@
 from ._backend import backends, set_num_threads
 from ._library import register
 from .aggregate import CSR, Rows, aggregate
-from .attention_aggregate import attention_aggregate, code_scores
+from .attention_aggregate import attention_aggregate, code_scores, row_scores
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
 from .global_attention import global_attention
@@ -25,6 +25,7 @@ __all__ = [
     "pull_rows",
     "push_rows",
     "register",
+    "row_scores",
     "set_num_threads",
     "vq_assign",
     "vq_assign_stats",

@@ -20,7 +20,7 @@ _ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of grad_attention one progra
 
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, features = csr.rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
     out = x.new_empty(num_rows, heads, features)
@@ -42,7 +42,7 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     num_rows, features = grad_out.shape[0], grad_out.shape[2]
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
@@ -67,7 +67,7 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (r, _, features), b = grad_out.shape, x.shape[0]
     grad_x = x.new_empty(x.shape)
@@ -119,7 +119,7 @@ def _arguments(csr, rows, query, key, attention, mode, heads, features, split, s
         "p_query": query.contiguous(), "p_key": None if key is None else key.contiguous(),
         "p_attention": None if attention is None else attention.contiguous(),
         "slope": slope, "score_scale": scale,
-        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)), "seed": _signed(seed),
+        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)), "seed": _signed(int(seed) & 0xFFFFFFFF),
         "kept_scale": 1 / (1 - dropout),
         "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
         "BLOCK_F": block,
