@@ -371,7 +371,8 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
       float* keep = block.keep.data() + h * kBlock;
       for (int k = 0; k < count; ++k) {
         if (block.column[k] >= p.num_own) keep[k] = 1.0f;  // what lies outside the batch was not dropped
-        weight[k] = edge_score<score>(p, x, block.query[k], key, h) - lse[k][h];
+        // A stored destination's lse may be older than its score here: its weight stays at most 1.
+        weight[k] = std::min(edge_score<score>(p, x, block.query[k], key, h) - lse[k][h], 0.0f);
         ds[k] = dot(block.row[k] + h * f, x + offset, f);
       }
       for (int k = 0; k < count; ++k) weight[k] = exponential(weight[k]);

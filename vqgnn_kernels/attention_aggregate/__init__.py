@@ -48,7 +48,8 @@ def attention_aggregate(
 
     The gradient of x and key is exact over the batch's own rows. Out-of-batch destinations join it as constants: their
     output gradients from grad_rows, their softmax from halo_stats, their queries from query (equation 7's second term
-    for attention). Tables are read again by the backward, which wants those of `rows` unchanged since the forward.
+    for attention); where these are stale and give a weight p above 1, it counts as 1. Tables are read again by the
+    backward, which wants those of `rows` unchanged since the forward.
     Second derivatives do not exist.
 
     Args:

@@ -56,7 +56,7 @@ def backward_columns(
     grad = grad[i]
     source = _heads(x.float(), heads, split)[j]
     score, inner = _score(query[i], None if key is None else key[j], source, attention, mode, slope, scale)
-    p = (score - lse[i]).exp()
+    p = (score - lse[i]).clamp(max=0).exp()  # a stored lse may be older than the score
     mask = torch.where(i[:, None] < r, _mask(i, j, heads, dropout, seed), 1.0)  # stored destinations: no dropout
     ds = p * (mask * (grad * source).sum(2) - D[i])
     by_query, by_source = _score_gradient(ds, inner, query[i], source, attention, mode, slope, scale)
