@@ -1,4 +1,4 @@
-"""The two bundles of tensors that the graph ops share: a sparse matrix and a table of node state."""
+"""The two bundles of tensors that the graph ops share: a sparse matrix and a table of node state; checks."""
 
 from typing import NamedTuple
 
@@ -124,3 +124,8 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple, shape: tuple) -> None
     ):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied only where they are not contiguous; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]

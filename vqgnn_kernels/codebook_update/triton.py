@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._types import contiguous
 
 # Batches and seeds vary: do_not_specialize keeps their values from compiling a kernel again.
 
@@ -168,10 +169,6 @@ def codebook_update_kernel(
         tl.store(p_ema_sums + place, b_sum, mask=m_c)
         tl.store(p_codebook + place, b_c, mask=m_write)
     tl.store(p_revived + j, tl.sum(b_revived, 0))
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def codebook_stats(

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._types import contiguous
 from ..codebook_update import code_dtype
-from ..codebook_update.triton import codebook_stats, contiguous, load_whitened
+from ..codebook_update.triton import codebook_stats, load_whitened
 
 # Instructions a score in the code compiled for sm_90: multiply-adds in registers take 12.5 at dv = 8 and 22 at 16;
 # tensor cores 14 at both, dv padded to 16 and in tf32x3 so that ties are those of fp32. No time was measured.
