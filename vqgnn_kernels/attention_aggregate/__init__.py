@@ -5,8 +5,7 @@ from torch import Tensor
 
 from .._backend import implementation
 from .._library import register, register_autograd
-from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
-from ..aggregate import _check_csr, check_entries
+from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
 from ..store_io import pull_rows
 from . import reference
 
@@ -86,7 +85,7 @@ def attention_aggregate(
         if grad_rows is not None:
             raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
     else:
-        if _check_csr("csr_t", csr_t) != b:
+        if check_csr("csr_t", csr_t) != b:
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
         _check_unweighted("csr_t", csr_t)
     if grad_rows is not None:
@@ -166,7 +165,7 @@ def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, drop
     if heads < 1 or (split and w % heads):
         raise ValueError(f"heads={heads} must be at least 1 and, with split=True, divide x's {w} columns")
     features = w // heads if split else w
-    num_rows = _check_csr("csr", csr)
+    num_rows = check_csr("csr", csr)
     _check_unweighted("csr", csr)
     num_halo = 0
     if rows is not None:

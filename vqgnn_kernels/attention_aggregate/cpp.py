@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
-from .._types import CSR, Rows
+from .._types import CSR, Rows, contiguous
 from ..store_io.cpp import address, as_table
 
 
@@ -78,7 +78,7 @@ def _problem(
     by_column: the operand (key or query) with a row for every column of csr.
     """
     mode, heads, split, slope, scale, dropout, seed = options
-    rowptr, col, halo = (None if t is None else t.contiguous() for t in (csr.rowptr, csr.col, csr.halo))
+    rowptr, col, halo = contiguous(csr.rowptr, csr.col, csr.halo)
     table, kept = as_table(rows)
     operands = {name: None if t is None else t.float().contiguous() for name, t in operands.items()}
     width = operands["x"].shape[1]
