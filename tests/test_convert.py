@@ -54,6 +54,9 @@ def test_stores_are_there_where_state_is_needed(data):
     model = vqgnn.convert(GCN(6, 8, 2, 3), data, codec="pq:d=2,k=7", decay=0.5, grad=False)
     (store,) = vqgnn.stores(model).values()
     assert str(store.codec) == "pq:d=2,k=7" and store.codebook.decay == 0.5 and not store.grad
+    for grad in (None, True):  # attention keeps gradients on request alone
+        (store,) = vqgnn.stores(vqgnn.convert(GAT(6, 8, 2, 3), data, grad=grad)).values()
+        assert store.grad == bool(grad) and (store.softmax is not None) == bool(grad)
 
 
 def test_filled_stores_hold_the_exact_states(data):
@@ -156,7 +159,12 @@ def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data)
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("vq", {"codec": "pq:d=4,k=8"}), ("vq", {"codec": "pq:d=4,k=8", "grad": False}), ("gas", {}), ("lmc", {})],
+    [
+        ("vq", {"codec": "pq:d=4,k=8", "grad": True}),
+        ("vq", {"codec": "pq:d=4,k=8", "grad": False}),
+        ("gas", {}),
+        ("lmc", {"grad": True}),
+    ],
     ids=["vq", "vq-no-grad", "gas", "lmc"],
 )
 @pytest.mark.parametrize("build", [GCN, GAT])
@@ -183,7 +191,7 @@ def test_compiled_training_steps_are_the_eager_ones(build, method, options, data
 @pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     torch._dynamo.reset()
-    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm", dropout=0.3), data, codec="pq:d=4,k=8")
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm", dropout=0.3), data, codec="pq:d=4,k=8", grad=True)
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     graphs = []
     for batch_size in (13, 11, 9, 8, 7, 6, 5):

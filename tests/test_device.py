@@ -28,7 +28,7 @@ def graph():
 
 def converted(build, method, codec, data):
     model = build(8, 16, 3, 3, norm="batch_norm", dropout=0.3).to(data.x.device)
-    vqgnn.convert(model, data, method=method, codec=codec)
+    vqgnn.convert(model, data, method=method, codec=codec, grad=method in ("vq", "lmc"))
     return model, torch.optim.Adam(model.parameters())
 
 

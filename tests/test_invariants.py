@@ -88,7 +88,7 @@ def test_3_batch_gradients_add_up_to_the_full_gradient(name, data):
     loader = vqgnn.BatchLoader(data, batch_size=11, seed=1)
 
     def epoch_gradient(method):
-        vqgnn.convert(model, data, method=method, codec="fp32")
+        vqgnn.convert(model, data, method=method, codec="fp32", grad=method == "lmc")
         for _ in range(2 * LAYERS):  # states settle upwards, then gradients downwards
             model.zero_grad()
             for batch in loader:
@@ -179,7 +179,9 @@ def test_7_resumed_training_goes_on_bit_for_bit(name, method, data, tmp_path):
 
     def fresh():
         torch.manual_seed(5)
-        model = vqgnn.convert(build(name, data, norm="batch_norm", dropout=0.3), data, method=method, codec=codec)
+        model = vqgnn.convert(
+            build(name, data, norm="batch_norm", dropout=0.3), data, method, codec, grad=method != "gas"
+        )
         return model, torch.optim.Adam(model.parameters(), 1e-2)
 
     model, optimizer = fresh()

@@ -50,7 +50,9 @@ def convert(
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
             conv is an attention.
-        grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's.
+        grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
+            convolutions; not for attention, where the weights of out-of-batch messages follow a softmax that has gone
+            stale, and training diverges (README, limits).
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
@@ -73,7 +75,6 @@ def convert(
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
-    grad = default_grad if grad is None else grad
     graph = Graph.of(data)
     convs = _find(model)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
@@ -98,7 +99,8 @@ def convert(
             elif input == "precompute" and index == 0:
                 raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
             elif codec is not None:
-                use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed + index, conv.softmax_heads, **codebook)
+                keep = default_grad and conv.fixed if grad is None else grad
+                use.store = NodeStore(graph.num_nodes, dim, codec, keep, seed + index, conv.softmax_heads, **codebook)
                 use.store.to(graph.x.device)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, cls in classes.items():

@@ -196,8 +196,8 @@ class GINConv(StoreConv, pyg.GINConv):
 class GATConv(StoreConv, pyg.GATConv):
     """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
 
-    The store keeps z. Its gradient reaches W and a through the batch's own rows: with a gradient store ("vq", "lmc")
-    from the messages to out-of-batch nodes too, with "gas" from those to the batch alone.
+    The store keeps z. Gradients reach W and a through the batch's own rows, from messages to the batch alone or, with
+    a gradient store (`convert(..., grad=True)`), to out-of-batch nodes too.
     """
 
     propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
