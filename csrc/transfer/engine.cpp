@@ -7,8 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <functional>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -117,7 +117,7 @@ struct Operation {
   bool is_push, on_device;
   Table* table;
   int table_number;
-  int64_t number;  // of the call
+  int64_t number;  // of the call: a worker takes the oldest piece
   std::unique_ptr<int64_t[]> ids;
   int64_t k;
   uintptr_t memory;  // out or src
@@ -198,17 +198,17 @@ class Engine::Impl {
       operation->complete = true;
       return operation;
     }
-    ++active_;  // from here close() waits for this call
+    operation->number = next_number_++;
+    active_.insert(operation->number);  // from here close() waits for this call
     if (stream.has_value()) {
       try {
         operation->caller = record(*stream, lock);
       } catch (...) {
-        --active_;
+        active_.erase(operation->number);
         progress_.notify_all();
         throw;
       }
     }
-    operation->number = next_number_++;
     table.queue.push_back(operation);
     if (is_push && operation->on_device) {
       to_copy_.push_back(operation);
@@ -245,7 +245,10 @@ class Engine::Impl {
 
   void flush() {
     std::unique_lock lock(mutex_);
-    if (!skipped(Wait::flush)) progress_.wait(lock, [&] { return active_ == 0; });
+    const int64_t end = next_number_;
+    if (!skipped(Wait::flush)) {
+      progress_.wait(lock, [&] { return active_.empty() || *active_.begin() >= end; });
+    }
     check_usable();
   }
 
@@ -253,7 +256,7 @@ class Engine::Impl {
     {
       std::unique_lock lock(mutex_);
       const bool first = !std::exchange(closing_, true);
-      if (!skipped(Wait::close)) progress_.wait(lock, [&] { return active_ == 0; });
+      if (!skipped(Wait::close)) progress_.wait(lock, [&] { return active_.empty(); });
       if (!first) return progress_.wait(lock, [&] { return closed_; });
     }
     stop();
@@ -285,24 +288,12 @@ class Engine::Impl {
           lane->free.push_back(&lane->slots.back());
         }
       }
-      threads_.emplace_back([this] { run_thread([this] { watch_copies(pulls_); }); });
-      threads_.emplace_back([this] { run_thread([this] { watch_copies(pushes_); }); });
+      threads_.emplace_back([this] { watch_copies(pulls_); });
+      threads_.emplace_back([this] { watch_copies(pushes_); });
     }
     for (int i = 0; i < options_.num_threads; ++i) {
-      threads_.emplace_back([this] { run_thread([this] { work(); }); });
+      threads_.emplace_back([this] { work(); });
     }
-  }
-
-  void run_thread(const std::function<void()>& body) {
-    const Driver* driver = driver_.get();
-    try {
-      const Driver::Scope scope(driver);
-      return body();
-    } catch (const std::exception& error) {  // of the scope
-      const std::lock_guard lock(mutex_);
-      fail(error.what());
-    }
-    body();  // which now only drops what is queued
   }
 
   void stop() {
@@ -501,7 +492,7 @@ class Engine::Impl {
     if (operation.complete || operation.processed < operation.pieces) return;
     if (operation.on_device && operation.copied < operation.pieces) return;
     operation.complete = true;
-    --active_;
+    active_.erase(operation.number);
     progress_.notify_all();
   }
 
@@ -529,6 +520,7 @@ class Engine::Impl {
   }
 
   void enqueue(Lane& lane, const Piece& piece) {
+    const Driver::Scope scope(driver_.get());
     Operation& operation = *piece.operation;
     if (operation.caller != nullptr) {
       if (!skipped(operation.is_push ? Wait::source_filled : Wait::out_free)) {
@@ -568,6 +560,7 @@ class Engine::Impl {
         lock.unlock();
         std::string error;
         try {
+          const Driver::Scope scope(driver_.get());
           driver_->wait_on_host(piece.slot->copied);
         } catch (const std::exception& exception) {
           error = exception.what();
@@ -594,6 +587,7 @@ class Engine::Impl {
   // After a driver's error: no copy may touch memory that the caller is about to get back.
   void drain(const Lane& lane) const {
     try {
+      const Driver::Scope scope(driver_.get());
       driver_->synchronize(lane.stream);
     } catch (const std::exception&) {  // the first error is the one to report
     }
@@ -611,7 +605,8 @@ class Engine::Impl {
   std::deque<Ticket> to_copy_;        // pushes whose copies are not all queued, in the order of the calls
   Lane pulls_, pushes_;
   std::vector<Event> events_, spare_events_;
-  int64_t next_number_ = 0, next_piece_number_ = 0, active_ = 0;
+  int64_t next_number_ = 0, next_piece_number_ = 0;
+  std::set<int64_t> active_;  // numbers of the calls that are not complete
   std::string failure_;
   bool reported_ = false, closing_ = false, stopping_ = false, closed_ = false;
 };

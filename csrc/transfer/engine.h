@@ -85,9 +85,9 @@ class Engine {
   void wait(const Ticket& ticket, std::optional<Stream> stream);
 
   bool done(const Ticket& ticket) const;  // nothing touches `out`, `src` or the table for it any more
-  void flush();                           // blocks until everything is done
-  void close();                           // flush, then the end of the threads; may be called again
-  std::optional<Stream> pull_stream() const;  // the copy stream of pulls, for allocating `out`; none without a device
+  void flush();  // blocks until everything queued before the call is done
+  void close();  // everything queued is done, then the threads end; may be called again
+  std::optional<Stream> pull_stream() const;  // on which pulls are copied, to allocate `out` on; none without a device
 
  private:
   class Impl;
