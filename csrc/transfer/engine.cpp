@@ -492,6 +492,7 @@ class Engine::Impl {
     if (operation.complete || operation.processed < operation.pieces) return;
     if (operation.on_device && operation.copied < operation.pieces) return;
     operation.complete = true;
+    operation.ids.reset();  // tickets may be kept for long
     active_.erase(operation.number);
     progress_.notify_all();
   }

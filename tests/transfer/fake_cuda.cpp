@@ -3,7 +3,8 @@
 //
 //   FAKE_CUDA_DELAY_US  up to so many microseconds, at random, before or after each operation of a stream
 //   FAKE_CUDA_GBPS      bandwidth of the bus in each direction, 10^9 bytes a second
-//   FAKE_CUDA_FAIL      NAME:N, the N-th call (from 1) of that function fails
+//
+// fake_fail(NAME, N) lets the N-th call of that function from then on fail.
 //
 // It is stricter than a driver: a context must be current, host memory of copies must be pinned, and pinned memory must
 // not be freed under a copy.
@@ -42,28 +43,20 @@ double number_of(const char* name) {
 struct Settings {
   int delay_us = int(number_of("FAKE_CUDA_DELAY_US"));
   double bytes_per_second = number_of("FAKE_CUDA_GBPS") * 1e9;
-  std::string failing;
-  int failing_call = 0;
-  std::atomic<int> calls{0};
-
-  Settings() {
-    const char* text = std::getenv("FAKE_CUDA_FAIL");
-    if (text == nullptr) return;
-    failing = text;
-    const size_t colon = failing.find(':');
-    failing_call = std::atoi(failing.c_str() + colon + 1);
-    failing.resize(colon);
-  }
 };
 
-Settings& settings() {
-  static Settings settings;
+const Settings& settings() {
+  static const Settings settings;
   return settings;
 }
 
+std::mutex failing_mutex;
+std::string failing;
+int calls_left = 0;
+
 bool fails(const char* name) {
-  Settings& s = settings();
-  return s.failing == name && ++s.calls == s.failing_call;
+  const std::lock_guard lock(failing_mutex);
+  return failing == name && --calls_left == 0;
 }
 
 // Contexts, streams, events and pinned blocks that were made and not given back.
@@ -372,7 +365,7 @@ EXPORT int cuMemHostRegister_v2(void* address, size_t bytes, unsigned) {
 
 EXPORT int cuMemHostUnregister(void* address) { return forget(address); }
 
-// ---- for tests, as kernels ------------------------------------------------------------------------------------------
+// ---- for tests ------------------------------------------------------------------------------------------
 
 EXPORT int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   StreamThread& thread = stream_of(stream);
@@ -380,6 +373,12 @@ EXPORT int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
     thread.spend(queued, std::chrono::nanoseconds(0), nullptr, [=] { function(data); });
   });
   return kSuccess;
+}
+
+EXPORT void fake_fail(const char* name, int call) {
+  const std::lock_guard lock(failing_mutex);
+  failing = name;
+  calls_left = call;
 }
 
 // Keeps the stream busy.
