@@ -176,6 +176,7 @@ class Engine::Impl {
     }
     Ids checked_ids = checked(ids, k, table.num_rows);
     auto operation = std::make_shared<Operation>();
+    operation->engine = this;
     operation->is_push = is_push;
     operation->on_device = stream.has_value();
     operation->table = &table;
@@ -189,8 +190,6 @@ class Engine::Impl {
     const int64_t even = k / (2 * options_.num_threads) + 1;
     operation->piece_rows = std::min(std::max(even, smallest), largest);
     operation->pieces = (k + operation->piece_rows - 1) / operation->piece_rows;
-
-    operation->engine = this;
 
     std::unique_lock lock(mutex_);
     check_usable();

@@ -6,8 +6,9 @@
 //   host:          table <--worker--> out, src                              wait() blocks
 //
 // Order. Operations on one table take effect in the order of the calls: a pull returns what the pushes before it wrote,
-// and never what a later push writes. Only pulls overlap. Tables are independent of each other. Calls from several
-// threads are ordered by who comes first.
+// and never what a later push writes. Only pulls overlap. Tables are independent of each other, but the copies of one
+// direction share a stream: one that waits for its caller's stream holds up those behind it. Calls from several threads
+// are ordered by who comes first.
 //
 // Memory. `ids` are copied. `out` and `src` must stay allocated until done(), and a caller who writes `src`, or reads or
 // writes `out`, waits first: host code by wait() without a stream, device code by wait() with the stream that it runs on.
@@ -47,7 +48,7 @@ constexpr int kNumWaits = int(Wait::close);
 
 struct Options {
   int num_threads = 1;         // workers that gather and scatter
-  int slots = 4;               // pinned slots a direction
+  int slots = 32;              // pinned slots a direction; best enough for two batches' rows
   int64_t slot_bytes = 1 << 20;
   int device = -1;             // CUDA device; -1: host memory only
   Wait skip_wait = Wait::none; // for tests

@@ -32,7 +32,8 @@ class TransferEngine:
 
     Args:
         num_threads: threads that gather and scatter, beside two that wait for copies if there is a device.
-        slots: pinned staging buffers for each direction; 2 or more let gathers and copies overlap.
+        slots: pinned staging buffers for each direction, if there is a device. Two batches' rows should fit into them:
+            there they wait, off the bus, for their turn at the table.
         slot_bytes: size of one; a table's row must fit into it.
         device: the CUDA device of the batches; None for host memory only.
 
@@ -42,7 +43,7 @@ class TransferEngine:
     def __init__(
         self,
         num_threads: int = 2,
-        slots: int = 4,
+        slots: int = 32,
         slot_bytes: int = 1 << 20,
         device: torch.device | str | None = None,
     ):

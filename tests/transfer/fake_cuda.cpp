@@ -381,11 +381,12 @@ EXPORT void fake_fail(const char* name, int call) {
   calls_left = call;
 }
 
-// Keeps the stream busy.
-EXPORT int fake_compute(void* stream, int64_t microseconds) {
+// Keeps the stream busy, and notes when that ended, in nanoseconds.
+EXPORT int fake_compute(void* stream, int64_t microseconds, int64_t* ended) {
   StreamThread& thread = stream_of(stream);
   thread.push([=, &thread](Time queued) {
     thread.spend(queued, std::chrono::microseconds(microseconds), nullptr, [] {});
+    *ended = Clock::now().time_since_epoch().count();
   });
   return kSuccess;
 }
