@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import device_name, report
+from conftest import device_name, on_gpu, report
 
 import vqgnn_kernels as kernels
 from vqgnn.transfer import TransferEngine
 
 BUILD = Path(__file__).resolve().parents[1] / "tests/transfer/build"
+HOST = {"device": "cpu"}
 BYTES_PER_MS = 1e6  # 1 GB/s in each direction
 N, K, F = 200_000, 40_000, 128  # fp32 rows: 20.5 MB, 20.5 ms, a step in each direction
 DEPTH = 2  # batches pulled ahead
@@ -32,10 +33,10 @@ class Device:
         self.cuda, handle = ctypes.CDLL(str(library)), ctypes.c_void_p()
         self.cuda.cuStreamCreate(ctypes.byref(handle), 0)
         self.stream = handle.value
-        self.table = torch.randn(N, F)
-        self.n_id = [torch.randperm(N)[:K].sort().values for _ in range(DEPTH + 2)]
-        self.out = [torch.empty(K, F) for _ in range(DEPTH + 1)]
-        self.src = [torch.randn(K, F) for _ in range(DEPTH + 1)]
+        self.table = torch.randn(N, F, **HOST)
+        self.n_id = [torch.randperm(N, **HOST)[:K].sort().values for _ in range(DEPTH + 2)]
+        self.out = [torch.empty(K, F, **HOST) for _ in range(DEPTH + 1)]
+        self.src = [torch.randn(K, F, **HOST) for _ in range(DEPTH + 1)]
         self.ended = (ctypes.c_int64 * 100)()  # when a step's computation was over, in ns
         threads = torch.get_num_threads()
         self.engine = kernels.transfer_engine(num_threads=threads, slots=SLOTS, slot_bytes=1 << 20, device=0)
@@ -127,10 +128,10 @@ def test_overlap(request, fake, agreed, share):
 @pytest.mark.parametrize("row_bytes", [32, 128, 512])
 @pytest.mark.parametrize("operation", ["pull", "push"])
 def test_host(versus, operation, row_bytes):
-    """Random rows of 1M between host tensors, on as many threads as torch's."""
-    table = torch.randint(256, (1_000_000, row_bytes)).to(torch.uint8)
+    """Random fp32 rows of 1M between host tensors, on as many threads as torch's."""
+    table = torch.randn(1_000_000, row_bytes // 4, **HOST)
     theirs = table.clone()
-    n_id, batch = torch.randperm(1_000_000)[:100_000], torch.randint(256, (100_000, row_bytes)).to(torch.uint8)
+    n_id, batch = torch.randperm(1_000_000, **HOST)[:100_000], torch.randn(100_000, row_bytes // 4, **HOST)
     out = torch.empty_like(batch)
     with TransferEngine(torch.get_num_threads()) as engine:
         number = engine.add_table(table)
@@ -144,3 +145,27 @@ def test_host(versus, operation, row_bytes):
             ours(), peers["torch"]()
             assert torch.equal(table, theirs)
         versus(ours, peers, size=f"n=1M k=100k row={row_bytes} B", rounds=15, moved=2 * n_id.shape[0] * row_bytes)
+
+
+@pytest.mark.parametrize("row_bytes", [256, 1024])
+@pytest.mark.parametrize("operation", ["pull", "push"])
+def test_bandwidth(versus, operation, row_bytes):
+    """Target on a GPU: 85 % of a copy of as many bytes between pinned memory and the device, i.e. a ratio of 0.85."""
+    if not on_gpu():
+        pytest.skip("needs --device cuda")
+    k = 2**28 // row_bytes
+    table = torch.randn(2 * k, row_bytes // 4, **HOST)
+    n_id, batch = torch.randperm(2 * k, **HOST)[:k].sort().values, torch.randn(k, row_bytes // 4)
+    pinned = torch.empty(batch.shape, pin_memory=True, **HOST)
+    with TransferEngine(os.cpu_count(), device="cuda") as engine:
+        number = engine.add_table(table)
+        if operation == "pull":
+            ours = lambda: engine.pull(number, n_id, batch).wait()  # noqa: E731
+            peers = {"pinned_copy": lambda: batch.copy_(pinned, non_blocking=True)}
+            assert torch.equal(ours().cpu(), table[n_id])
+        else:
+            ours = lambda: (engine.push(number, n_id, batch), engine.flush())  # noqa: E731
+            peers = {"pinned_copy": lambda: pinned.copy_(batch, non_blocking=True)}
+            ours()
+            assert torch.equal(table[n_id], batch.cpu())
+        versus(ours, peers, size=f"k={k} row={row_bytes} B", rounds=15, moved=2 * batch.nbytes)

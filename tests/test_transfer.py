@@ -586,3 +586,19 @@ def test_batches_on_the_device_use_the_current_stream(cuda, stream, monkeypatch)
         stream.synchronize()
         assert torch.equal(again.as_subclass(torch.Tensor), values)
         assert torch.equal(engine.pull(number, n_id, torch.zeros(400, 24)).wait(), values)  # host memory as well
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_beside_computation():
+    table = torch.randn(100_000, 64)
+    expected, work = table.clone(), torch.randn(2000, 2000, device="cuda")
+    with TransferEngine(4, device="cuda") as engine:
+        number = engine.add_table(table)
+        for _ in range(50):
+            n_id = torch.randperm(100_000)[:20_000]
+            pull = engine.pull(number, n_id)
+            work @ work
+            engine.push(number, n_id, pull.wait() * 0.5 + 1)  # whose memory the allocator may hand out again at once
+            del pull
+            expected[n_id] = expected[n_id] * 0.5 + 1
+    assert torch.equal(table, expected)

@@ -13,8 +13,8 @@
 // Memory. `ids` are copied. `out` and `src` must stay allocated until done(), and a caller who writes `src`, or reads or
 // writes `out`, waits first: host code by wait() without a stream, device code by wait() with the stream that it runs on.
 //
-// Errors. Wrong arguments throw std::invalid_argument, and nothing is queued. Once a worker or the driver has failed,
-// the engine moves nothing more: what was not finished, and every call from then on, throws Failure with the cause.
+// Errors. Wrong arguments throw std::invalid_argument, and nothing is queued. Once a worker or a copy has failed, the
+// engine moves nothing more: what was not finished, and every call from then on, throws Failure with the cause.
 // After fork() the child cannot use the engine: calls throw, and close() does nothing.
 #pragma once
 #include <sys/types.h>
@@ -31,28 +31,28 @@ namespace vqgnn::transfer {
 // Every wait, so that a test can leave one out and see values go wrong.
 enum class Wait {
   none,
-  out_free,       // pull: the copy stream waits for the caller's stream, whose earlier work may use `out`
-  copy_left,      // pull: a slot is not filled again before its copy to the device has ended
-  rows_there,     // wait() for a pull: the caller's stream waits for the copies
-  source_filled,  // push: the copy stream waits for the caller's stream, which computes `src`
-  rows_arrived,   // push: a slot is not scattered before its copy from the device has ended
-  slot_scattered, // push: a slot is not filled again before it has been scattered
-  source_read,    // wait() for a push: the caller's stream waits for the copies
-  copies_queued,  // wait(): the host waits until there is a copy to wait for
-  order,          // an operation waits for the earlier ones on its table
-  done,           // wait() without a stream
+  out_free,        // pull: the copy stream waits for the caller's stream, whose earlier work may use `out`
+  copy_left,       // pull: a slot is not filled again before its copy to the device has ended
+  rows_there,      // wait() for a pull: the caller's stream waits for the copies
+  source_filled,   // push: the copy stream waits for the caller's stream, which computes `src`
+  rows_arrived,    // push: a slot is not scattered before its copy from the device has ended
+  slot_scattered,  // push: a slot is not filled again before it has been scattered
+  source_read,     // wait() for a push: the caller's stream waits for the copies
+  copies_queued,   // wait(): the host waits until there is a copy to wait for
+  order,           // an operation waits for the earlier ones on its table
+  done,            // wait() without a stream
   flush,
-  close,          // the queue is worked off first
+  close,           // the queue is worked off first
 };
 constexpr int kNumWaits = int(Wait::close);
 
 struct Options {
-  int num_threads = 1;         // workers that gather and scatter
-  int slots = 32;              // pinned slots a direction; best enough for two batches' rows
+  int num_threads = 1;  // workers that gather and scatter
+  int slots = 32;  // pinned slots a direction; best enough for two batches' rows
   int64_t slot_bytes = 1 << 20;
-  int device = -1;             // CUDA device; -1: host memory only
-  Wait skip_wait = Wait::none; // for tests
-  int64_t fail_piece = -1;     // for tests: the work item with this number throws
+  int device = -1;  // CUDA device; -1: host memory only
+  Wait skip_wait = Wait::none;  // for tests
+  int64_t fail_piece = -1;  // for tests: the work item with this number throws
 };
 
 struct Failure : std::runtime_error {
