@@ -171,6 +171,17 @@ def test_of_equal_ids_the_last_wins():
     assert torch.equal(table, expected)
 
 
+def test_a_short_piece_does_not_overtake_a_long_one_with_the_same_row():
+    table, n_id = torch.zeros(1024, 16), torch.arange(1025).clamp(max=1023)
+    with TransferEngine(2, slot_bytes=1024 * 64) as engine:  # pieces of 1024 rows and of one
+        number = engine.add_table(table)
+        for step in range(2000):
+            src = torch.zeros(1025, 16)
+            src[-1] = step
+            engine.push(number, n_id, src).wait()
+            assert (table[-1] == step).all()
+
+
 def test_no_rows():
     with TransferEngine() as engine:
         number = engine.add_table(torch.zeros(0, 4))

@@ -1,4 +1,4 @@
-// The part of the CUDA driver API that the engine uses, opened at run time: nothing here needs CUDA to build or to load.
+// The part of the CUDA driver API that the engine uses, opened at run time: this builds and loads without CUDA.
 #pragma once
 #include <cstddef>
 #include <memory>

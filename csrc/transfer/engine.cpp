@@ -151,8 +151,8 @@ class Engine::Impl {
     };
     require(num_rows >= 0 && (data != nullptr || num_rows == 0), "a table needs an address and num_rows >= 0");
     require(row_bytes >= 1 && (options_.device < 0 || row_bytes <= options_.slot_bytes),
-            "a row must have 1.." + std::to_string(options_.slot_bytes) + " bytes, the size of a slot (slot_bytes), got " +
-                std::to_string(row_bytes));
+            "a row must have 1.." + std::to_string(options_.slot_bytes) + " bytes, the size of a slot (slot_bytes), " +
+                "got " + std::to_string(row_bytes));
     require(!pin || options_.device >= 0, "pin needs an engine with a CUDA device");
     std::unique_lock lock(mutex_);
     check_usable();
@@ -611,7 +611,7 @@ class Engine::Impl {
   bool reported_ = false, closing_ = false, stopping_ = false, closed_ = false;
 };
 
-// ---- the engine, which belongs to the process that made it -----------------------------------------------------------
+// ---- the engine, which belongs to the process that made it ----------------------------------------------------------
 
 Engine::Engine(const Options& options) : process_(getpid()) {
   const auto require = [](int64_t value, const char* name, int64_t low, int64_t high) {

@@ -8,10 +8,10 @@
 // Order. Operations on one table take effect in the order of the calls: a pull returns what the pushes before it wrote,
 // and never what a later push writes. Only pulls overlap. Tables are independent of each other, but the copies of one
 // direction share a stream: one that waits for its caller's stream holds up those behind it. Calls from several threads
-// are ordered by who comes first.
+// are in the order in which they come.
 //
-// Memory. `ids` are copied. `out` and `src` must stay allocated until done(), and a caller who writes `src`, or reads or
-// writes `out`, waits first: host code by wait() without a stream, device code by wait() with the stream that it runs on.
+// Memory. `ids` are copied. `out` and `src` must stay allocated until done(). Who writes `src`, or reads or writes
+// `out`, waits first: host code by wait() without a stream, device code by wait() with its own stream.
 //
 // Errors. Wrong arguments throw std::invalid_argument, and nothing is queued. Once a worker or a copy has failed, the
 // engine moves nothing more: what was not finished, and every call from then on, throws Failure with the cause.

@@ -3,8 +3,8 @@
 //   stress [--programs N | --seconds S] [--seed S] [--runners R] [--skip-wait W] [--until-mismatch]
 //
 // Every runner is a thread with engines of its own; on some engines two threads run programs at once, each on its own
-// tables. A program is a dozen calls; its kernels (host functions on a stream) fill sources and compare pulled rows with
-// the model. At its end the tables are compared. Exits with 1 when a value was wrong.
+// tables. A program is a dozen calls; its kernels (host functions on a stream) fill sources and compare pulled rows
+// with the model. At its end the tables are compared. Exits with 1 when a value was wrong.
 #include <dlfcn.h>
 
 #include <algorithm>
