@@ -163,9 +163,9 @@ class TransferEngine:
         return Ticket(self, handle, batch)
 
     def _forget(self) -> None:
-        for handle in tuple(self._pending):
-            if self._native.done(handle):
-                self._pending.pop(handle, None)
+        # The oldest first, up to one under way: a call costs the same however many transfers are queued.
+        while (handle := next(iter(self._pending), None)) is not None and self._native.done(handle):
+            self._pending.pop(handle, None)
 
 
 class Ticket:
