@@ -1,6 +1,6 @@
 """Stateless ops on tensors for vector-quantised mini-batch GNN training."""
 
-from ._backend import backends, set_num_threads
+from ._backend import backends, set_num_threads, transfer_engine
 from ._library import register
 from .aggregate import CSR, Rows, aggregate
 from .attention_aggregate import attention_aggregate, code_scores, row_scores
@@ -27,6 +27,7 @@ __all__ = [
     "register",
     "row_scores",
     "set_num_threads",
+    "transfer_engine",
     "vq_assign",
     "vq_assign_stats",
 ]
