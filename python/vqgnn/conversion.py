@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch_geometric.nn as pyg
@@ -14,6 +15,8 @@ from .graph import BatchGraph, Graph
 from .inference import call_model, evaluating, warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .partitioning import cache_folder
+from .places import resolve
 from .store import Codec, NodeStore
 
 # method -> default codec, gradient store
@@ -37,6 +40,8 @@ def convert(
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
+    place: str = "auto",
+    folder: str | Path | None = None,
     **codebook,
 ) -> nn.Module:
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
@@ -53,6 +58,9 @@ def convert(
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        place: where node state lies: "device" (the data's), "disk" (memory-mapped files, on the CPU), or "auto": disk
+            where it would take more than half of the free memory.
+        folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
     Returns:
@@ -60,6 +68,7 @@ def convert(
 
     Raises:
         ValueError: an unknown option, a conv without a fixed convolution matrix, or a model without convs.
+        OSError: the disk is too full for place="disk".
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -82,6 +91,7 @@ def convert(
     try:
         calls = _probe(model, graph, forward)
         uses: dict[StoreConv, StoreUse] = {}
+        wanted: dict[StoreConv, tuple[int, int]] = {}  # the convs with a store: (channels, seed)
         for index, (name, conv) in enumerate(convs.items()):
             if conv not in calls:
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
@@ -92,8 +102,13 @@ def convert(
             elif input == "precompute" and index == 0:
                 raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
             elif codec is not None:
-                use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed=seed + index, **codebook)
-                use.store.to(graph.x.device)
+                wanted[conv] = (dim, seed + index)
+        with torch.device("meta"):  # the very stores, without their memory
+            needed = sum(NodeStore(graph.num_nodes, dim, codec, grad).nbytes for dim, _ in wanted.values())
+        place, folder = resolve(place, needed, graph.x.device), Path(folder or cache_folder() / "state")
+        for conv, (dim, store_seed) in wanted.items():
+            uses[conv].store = NodeStore(graph.num_nodes, dim, codec, grad, store_seed, place, folder, **codebook)
+            uses[conv].store.to(graph.x.device)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, cls in classes.items():
             conv.__class__ = cls
@@ -102,7 +117,7 @@ def convert(
         conv.store_use = use
         graph.wanted[use.convolution, use.input == "precompute"] = None
     if fill and stores(model):
-        warmup(model, data, forward=forward)
+        warmup(model, data, forward=forward, folder=folder if place == "disk" else None)
     return model
 
 

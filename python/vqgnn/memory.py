@@ -1,8 +1,15 @@
-"""This process's memory, from the kernel's own counters; None where there is no /proc."""
+"""Memory of this process and of its machine, from the kernel's own counters; None where there is no /proc."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+if TYPE_CHECKING:
+    import torch
+
+_STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resident() -> int | None:
@@ -23,9 +30,39 @@ def reset_peak() -> None:
         return
 
 
-def _field(name: str) -> int | None:
+def resident_parts() -> dict[str, int]:
+    """Bytes in RAM now: `anon` (the process's own) and `file` (pages of mapped files, which the kernel may drop)."""
+    parts = {"anon": _field("RssAnon"), "file": _field("RssFile")}
+    return {name: count for name, count in parts.items() if count is not None}
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that new tensors on this device may take: the GPU's free ones, or RAM within the container's limit."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free = _field("MemAvailable", _MEMINFO)
     try:
-        lines = _STATUS.read_text().splitlines()
+        limit = int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such limit
+        return free
+    return limit if free is None else max(0, min(free, limit))
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: 1536 is "1.5 kB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def _field(name: str, path: Path = _STATUS) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import Config
 from .files import atomic_write
+from .memory import size
 from .runs import Run
 
 _METHODS = {"vq": ("pq:d=4,k=256", True), "lmc": ("fp32", True), "gas": ("fp32", False)}
@@ -105,19 +106,24 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     """
     import torch
 
+    from .places import choose
     from .store import NodeStore
+    from .train import pick_device
 
+    device = pick_device("auto")
     n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - 1, 6
     nodes = config.batch_size or -(-n // 10)
     activations = 4 * config.hidden * tensors * config.layers
-    rows = [(f"memory, {config.layers} layers of {config.hidden}", "node state", "activations of a batch", "a batch")]
+    title = f"memory, {config.layers} layers of {config.hidden}"
+    rows = [(title, "node state", "activations of a batch", "a batch", "--place auto")]
     for method, (codec, grad) in _METHODS.items():
         for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
             with torch.device("meta"):  # the very store that training makes, without its memory
                 state = NodeStore(n, config.hidden, text, grad).nbytes * hidden_layers
-            rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes"))
-    rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes"))
-    rows.append(("  full", "0", size(n * activations), f"{n:,} nodes"))
+            place = "{}: {}".format(*choose(state, device))
+            rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes", place))
+    rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes", ""))
+    rows.append(("  full", "0", size(n * activations), f"{n:,} nodes", ""))
     return rows
 
 
@@ -126,13 +132,3 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them: 1536 is "1.5 kB"."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

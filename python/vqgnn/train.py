@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from .conversion import convert, stores
 from .datasets import Dataset
 from .inference import layerwise
 from .loader import BatchLoader
+from .partitioning import cache_folder
 from .runs import Run
+from .store import NodeStore
 
 SPLITS = ("train", "val", "test")
 _IGNORED = -100  # label of nodes that take no part in the loss
@@ -95,8 +98,11 @@ class Trainer:
     inference the last iterate jumps wildly.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, fill: bool = True):
-        """`fill=False` leaves the stores empty: their state is about to be loaded."""
+    def __init__(self, config: Config, dataset: Dataset, fill: bool = True, folder: Path | None = None):
+        """`fill=False` leaves the stores empty: their state is about to be loaded.
+
+        `folder` takes scratch files, where state lies on disk; default: in the user's cache folder.
+        """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         memory.reset_peak()
@@ -111,10 +117,13 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
+                options |= {"place": config.place, "folder": folder}
                 convert(self.model, self.data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.stores = stores(self.model)
+        on_disk = any(store.place == "disk" for store in self.stores.values())
+        self.scratch = folder or cache_folder() / "state" if on_disk else None  # of rows kept by an evaluation
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
         self.num_train = int(self.data.train_mask.sum())
         self.epoch = 0  # epochs done
@@ -130,31 +139,59 @@ class Trainer:
         return BatchLoader(self.data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything but the tables of stores on disk, which `save` writes to files of their own."""
         return {
             "epoch": self.epoch,
             "config": asdict(self.config),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "stores": {name: store.state_dict() for name, store in self.stores.items()},
+            "stores": {name: _without_tables(store) for name, store in self.stores.items()},
             "random_state": torch.get_rng_state(),
             "random_state_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "best": self.best,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["config"] != asdict(self.config):
+    def load_state_dict(self, state: dict[str, Any], run: Run | None = None) -> None:
+        """Go on from a checkpoint; `run` has the tables that it names, if they were on disk."""
+        if not _same_config(state["config"], self.config):
             raise InputError("the checkpoint was made with another config than the run's config.json; start a new run")
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, store in self.stores.items():
-            store.load_state_dict(state["stores"][name])
+        self._load_stores(state, run)
         torch.set_rng_state(state["random_state"])
         if state["random_state_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_state_cuda"], self.device)
         self.best = state["best"]
+
+    def _load_stores(self, state: dict[str, Any], run: Run | None) -> None:
+        """A store's tables come from the checkpoint or from the files that it names, wherever they lie now."""
+        for name, store in self.stores.items():
+            saved = state["stores"][name]
+            outside = store.tables.keys() - saved.keys()
+            store.load_state_dict(saved, strict=not outside)
+            if outside:
+                generation = state["generation"]
+                if run is None:
+                    raise InputError(f"the tables of {name} lie in the run's folder, which was not given; pass run=")
+                try:
+                    path = run.tables_path(name, generation)
+                    store.load_tables(path, store=name, generation=generation, graph=state["fingerprint"])
+                except ValueError as error:
+                    raise InputError(str(error)) from error
+
+    def save(self, run: Run, fingerprint: dict[str, int | str]) -> None:
+        """Write a checkpoint, and before it the tables on disk that it names; the last ones go when it is in place."""
+        generation = None
+        for name, store in self.stores.items():
+            if store.place == "disk":
+                generation = self.epoch
+                path = run.tables_path(name, generation)
+                store.save_tables(path, store=name, generation=generation, graph=fingerprint)
+        run.save_checkpoint({"fingerprint": fingerprint, "generation": generation, **self.state_dict()})
+        run.keep_tables(generation)
 
     def fit(self, run: Run) -> dict[str, Any]:
         """Train to the last epoch, writing metrics and a checkpoint after each; return the summary."""
@@ -170,7 +207,7 @@ class Trainer:
                 if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
                     metrics |= self.evaluate()
                 run.append_metrics(metrics)
-                run.save_checkpoint({"fingerprint": fingerprint, **self.state_dict()})
+                self.save(run, fingerprint)
                 bar.set_postfix_str(_bar_text(metrics, self.dataset.metric))
         summary = self.summary(run.metrics())
         run.write_summary(summary)
@@ -239,13 +276,13 @@ class Trainer:
             with torch.no_grad():
                 return torch.cat([model(x) for x in self.data.x.split(65_536)])
         if inference == "exact":
-            return layerwise(self.averaged.module, self.data, progress=progress)
+            return layerwise(self.averaged.module, self.data, folder=self.scratch, progress=progress)
         if not self.stores:
             raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
         kept = copy.deepcopy(self.model.state_dict())
         self.model.load_state_dict(self.averaged.module.state_dict())
         try:
-            return layerwise(self.model, self.data, method=inference, progress=progress)
+            return layerwise(self.model, self.data, method=inference, folder=self.scratch, progress=progress)
         except ValueError as error:
             raise InputError(str(error)) from error
         finally:
@@ -321,6 +358,17 @@ class Trainer:
                 self._warned.add((name, kind))
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
         return [text for _, _, text in found]
+
+
+def _without_tables(store: NodeStore) -> dict[str, Any]:
+    """A store's state; without its tables where they lie on disk."""
+    left_out = store.tables if store.place == "disk" else ()
+    return {key: value for key, value in store.state_dict().items() if key not in left_out}
+
+
+def _same_config(saved: dict[str, Any], config: Config) -> bool:
+    """Whether a checkpoint's config is the run's; options that are newer than the checkpoint had their default."""
+    return {**{f.name: f.default for f in fields(Config)}, **saved} == asdict(config)
 
 
 def _store_health(stats: dict[str, dict[str, float]]) -> dict[str, Any]:
