@@ -117,7 +117,9 @@ def convert(
         conv.store_use = use
         graph.wanted[use.convolution, use.input == "precompute"] = None
     if fill and stores(model):
-        warmup(model, data, forward=forward, folder=folder if place == "disk" else None)
+        kept = torch.float32 if graph.folder is None else torch.float16  # rows as tall as the graph, for this sweep
+        large = place == "disk" or graph.folder is not None
+        warmup(model, data, forward=forward, dtype=kept, folder=folder if large else None)
     return model
 
 

@@ -63,7 +63,7 @@ def layerwise(
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
-        folder: keep the rows in memory-mapped scratch files in this folder instead of in RAM.
+        folder: keep the rows, and the result, in memory-mapped scratch files in this folder instead of in RAM.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
     """
     if method not in METHODS:
@@ -111,16 +111,16 @@ def warmup(
         n = rows.size(0)
         generator = torch.Generator().manual_seed(0)
         for n_id in torch.randperm(n, generator=generator).to(rows.device).split(_BATCH):
-            store.push(n_id, rows[n_id])
+            store.push(n_id, rows[n_id].float())
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
             for n_id in torch.arange(n, device=rows.device).split(_BATCH):
-                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id]))
+                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id].float()))
 
     with evaluating(model):
         _Sweep(data, None, dtype, folder, forward, False, on_inputs=fill).run(model)
     for conv in model.modules():  # a store of the features themselves (input="codes") is no conv's output
         if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
-            fill(conv, data.x.float())
+            fill(conv, data.x)
 
 
 class _NextConv(Exception):
@@ -163,7 +163,7 @@ class _Sweep:
                 except _NextConv:
                     continue
                 if result is None:
-                    result = out.new_empty(graph.num_nodes, *out.shape[1:])
+                    result = self._rows(*out.shape[1:], dtype=out.dtype)
                 result[start:stop] = out
             if len(self.widths) < len(self.outputs):  # this pass met no conv to compute: it only recorded inputs
                 self.outputs.pop()
@@ -261,9 +261,9 @@ class _Sweep:
         else:
             self.inputs = Rows("fp32" if self.dtype == torch.float32 else "fp16", self.recorded, None, None)
 
-    def _rows(self, dim: int) -> Tensor:
-        """An [n, dim] table in RAM or in a scratch file."""
-        size = (self.graph.num_nodes, dim)
+    def _rows(self, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An [n, *dims] table in RAM or in a scratch file."""
+        size, dtype = (self.graph.num_nodes, *dims), dtype or self.dtype
         if self.folder is None:
-            return torch.empty(size, dtype=self.dtype, device=self.graph.x.device)
-        return tables.zeros(self.folder, *size, dtype=self.dtype)
+            return torch.empty(size, dtype=dtype, device=self.graph.x.device)
+        return tables.zeros(self.folder, *size, dtype=dtype)

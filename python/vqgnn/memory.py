@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 _STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _IO = Path("/sys/fs/cgroup"), Path("/proc/self/io")
 
 
 def resident() -> int | None:
@@ -30,10 +30,13 @@ def reset_peak() -> None:
         return
 
 
-def resident_parts() -> dict[str, int]:
-    """Bytes in RAM now: `anon` (the process's own) and `file` (pages of mapped files, which the kernel may drop)."""
-    parts = {"anon": _field("RssAnon"), "file": _field("RssFile")}
-    return {name: count for name, count in parts.items() if count is not None}
+def disk_traffic() -> tuple[int, int] | None:
+    """Bytes that this process has had read from and written to disks, page faults of mapped files included."""
+    try:
+        counts = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        return int(counts["read_bytes"]), int(counts["write_bytes"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def available(device: torch.device) -> int | None:

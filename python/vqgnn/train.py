@@ -23,6 +23,7 @@ from . import memory
 from .config import Config, InputError
 from .conversion import convert, stores
 from .datasets import Dataset
+from .disk_graph import MappedData
 from .inference import layerwise
 from .loader import BatchLoader
 from .partitioning import cache_folder
@@ -30,6 +31,7 @@ from .runs import Run
 from .store import NodeStore
 
 SPLITS = ("train", "val", "test")
+_ROWS = 65_536  # of features or logits at a time
 _IGNORED = -100  # label of nodes that take no part in the loss
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
@@ -105,9 +107,16 @@ class Trainer:
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self.memory_loading = memory.peak()
         memory.reset_peak()
         self.base_memory = memory.resident()  # what the data and the libraries take
         self.device = pick_device(config.device)
+        start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
+        self.phases: dict[str, float] = {}  # seconds, for a graph on disk
+        if mapped and self.device.type != "cpu":
+            if config.device != "auto":
+                raise InputError(f"dataset {dataset.name!r} is on disk and is trained on the CPU; give --device cpu")
+            self.device = torch.device("cpu")
         self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.num_features, dataset.num_classes).to(self.device)
@@ -122,14 +131,27 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from error
         self.stores = stores(self.model)
-        on_disk = any(store.place == "disk" for store in self.stores.values())
-        self.scratch = folder or cache_folder() / "state" if on_disk else None  # of rows kept by an evaluation
+        on_disk = mapped or any(store.place == "disk" for store in self.stores.values())
+        # Rows that an evaluation keeps: in files, and of half the size, where the graph itself does not fit.
+        self.kept = {"folder": folder or cache_folder() / "state"} if on_disk else {}
+        self.kept |= {"dtype": torch.float16} if mapped else {}
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        if mapped:
+            self._note_setup(time.perf_counter() - start)
         self.num_train = int(self.data.train_mask.sum())
         self.epoch = 0  # epochs done
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
         self._warned: set[tuple[str, str]] = set()
         self.memory_setup = self._peak_since_last()
+
+    def _note_setup(self, seconds: float) -> None:
+        """What a user of a large graph waits for, by phase; what is derived from the graph is kept in its folder."""
+        folder = self.data.folder
+        product = sum(value for name, value in folder.seconds.items() if name.endswith(".product"))
+        matrix = sum(folder.seconds.values()) - product
+        self.phases = {"generating": sum(folder.meta["seconds"].values()), "matrix": matrix, "C X": product}
+        self.phases["filling the store"] = seconds - matrix - product
+        folder.release()
 
     def _loader(self) -> BatchLoader:
         config, n = self.config, self.data.num_nodes
@@ -274,15 +296,15 @@ class Trainer:
         if self.config.model == "mlp":
             model = self.averaged.module.eval()
             with torch.no_grad():
-                return torch.cat([model(x) for x in self.data.x.split(65_536)])
+                return torch.cat([model(x) for x in self.data.x.split(_ROWS)])
         if inference == "exact":
-            return layerwise(self.averaged.module, self.data, folder=self.scratch, progress=progress)
+            return layerwise(self.averaged.module, self.data, **self.kept, progress=progress)
         if not self.stores:
             raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
         kept = copy.deepcopy(self.model.state_dict())
         self.model.load_state_dict(self.averaged.module.state_dict())
         try:
-            return layerwise(self.model, self.data, method=inference, folder=self.scratch, progress=progress)
+            return layerwise(self.model, self.data, method=inference, **self.kept, progress=progress)
         except ValueError as error:
             raise InputError(str(error)) from error
         finally:
@@ -292,21 +314,30 @@ class Trainer:
         """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1`."""
         data, metric = self.data, self.dataset.metric
         masks = {split: data[f"{split}_mask"] for split in SPLITS}
+        if not self.dataset.multilabel:  # never as many logits again as there are
+            right = torch.cat([part.argmax(1) for part in logits.split(_ROWS)]) == data.y
+            return {f"{split}_{metric}": float(right[mask].float().mean()) for split, mask in masks.items()}
         return {
-            f"{split}_{metric}": score(logits[mask], data.y[mask], self.dataset.multilabel)
-            for split, mask in masks.items()
+            f"{split}_{metric}": score(logits[mask], data.y[mask], multilabel=True) for split, mask in masks.items()
         }
 
     def evaluate(self) -> dict[str, float]:
         """Exact scores of the averaged weights; the weights are kept where validation is best."""
         start = time.perf_counter()
+        self._release()
         scores = self.scores(self.predict())
+        self._release()
         key = f"val_{self.dataset.metric}"
         if not self.best["scores"] or scores[key] > self.best["scores"][key]:
             weights = {name: value.clone() for name, value in self.averaged.module.state_dict().items()}
             self.best = {"epoch": self.epoch, "scores": scores, "weights": weights}
         seconds = round(time.perf_counter() - start, 4)
         return {**scores, "eval_seconds": seconds, "memory_evaluation": self._peak_since_last()}
+
+    def _release(self) -> None:
+        """Between phases, give back the RAM of the graph's pages: a pass over all nodes meets each of them."""
+        if isinstance(self.data, MappedData):
+            self.data.folder.release()
 
     def use_best(self) -> None:
         """Evaluate and predict with the weights of the best validation epoch."""
@@ -330,6 +361,12 @@ class Trainer:
             above = max(self.memory_setup, *peaks.values())
             summary |= {"memory_setup": self.memory_setup, **peaks}
             summary |= {"memory_above_data": above, "memory_peak": self.base_memory + above}
+        if self.phases:
+            evaluation = sorted(epoch["eval_seconds"] for epoch in metrics if "eval_seconds" in epoch)
+            phases = self.phases | {"an epoch": summary["seconds_an_epoch"], "evaluation": evaluation[-1]}
+            summary["seconds_by_phase"] = {name: round(value, 1) for name, value in phases.items()}
+            summary["memory_loading"] = self.memory_loading
+            summary["disk_traffic"] = memory.disk_traffic()
         return summary
 
     def _peak_since_last(self) -> int | None:

@@ -1,0 +1,480 @@
+"""A graph in a folder of memory-mapped files, and what is derived from it: for graphs beyond RAM.
+
+    meta.json                                   format, version, sizes, fingerprint
+    x.npy [n, f] float32, y.npy [n] int64, train_mask.npy, val_mask.npy, test_mask.npy [n] bool
+    rowptr.npy [n + 1] int64, col.npy [e] int32 row i: the sources of the edges to node i, ascending, each once
+    rowptr_t.npy, col_t.npy                     directed graphs only: row i: the targets of the edges from node i
+    cache/NAME.npy                              convolution matrices and C X, each built at its first use
+
+Every file is written under another name and renamed when it is whole, the folder itself too.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from tqdm import tqdm
+
+from .config import InputError
+from .files import atomic_write
+from .memory import size
+
+if TYPE_CHECKING:
+    from .graph import Convolution
+
+FORMAT, VERSION = "vqgnn-graph", 1
+NODE_ARRAYS = {"x": np.float32, "y": np.int64, "train_mask": bool, "val_mask": bool, "test_mask": bool}
+_EDGES = 4_000_000  # edges in RAM at a time
+_MAX_BUCKETS = 512  # files open at a time
+
+
+class MappedData(Data):
+    """A PyG `Data` over a graph folder: `rowptr` and `col` where `edge_index` would be, all tensors memory-mapped.
+
+    The tensors are not to be written to: that changes this process's copy, not what is derived from the files.
+    """
+
+    def __init__(self, folder: GraphFolder | None = None):
+        super().__init__()
+        if folder is not None:  # PyG makes empty ones
+            self.folder = folder
+            for name in ("rowptr", "col", *NODE_ARRAYS):
+                self[name] = folder.tensor(name)
+
+    @property
+    def num_edges(self) -> int:
+        return self.col.numel()
+
+    def is_node_attr(self, key: str) -> bool:
+        return key in NODE_ARRAYS
+
+    def is_edge_attr(self, key: str) -> bool:
+        return key == "col"
+
+    def edge_chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(sources, targets) int64 of some millions of edges at a time."""
+        for start, stop in _row_ranges(self.rowptr):
+            row, col = _edges_of(self.rowptr, self.col, start, stop)
+            yield torch.from_numpy(col.astype(np.int64)), torch.from_numpy(row)
+
+
+class GraphFolder:
+    """An opened graph folder; an InputError where it is no such folder, or damaged."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text())
+            if (self.meta["format"], self.meta["version"]) != (FORMAT, VERSION):
+                raise KeyError
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f"{self.path} is no graph folder of this version of vqgnn (see its meta.json)") from None
+        self.seconds: dict[str, float] = {}  # spent on what was derived since it was opened
+        self._maps: list[mmap.mmap] = []
+        self._tensors: dict[str, Tensor] = {}
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        return {"nodes": self.meta["nodes"], "edges": self.meta["edges"], "hash": self.meta["hash"]}
+
+    @property
+    def undirected(self) -> bool:
+        return self.meta["undirected"]
+
+    def tensor(self, name: str) -> Tensor:
+        """A file of the folder as a tensor, mapped once."""
+        if name not in self._tensors:
+            try:
+                self._tensors[name] = self._map(self.path / f"{name}.npy", self.meta["shapes"][name])
+            except (OSError, ValueError) as error:
+                raise InputError(f"{self.path} is damaged: {error}; remove it to have it made anew") from error
+        return self._tensors[name]
+
+    def release(self) -> None:
+        """Give back the RAM of the mapped pages; they are read again when they are needed. Nothing may be changed."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def structure(self, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """(rowptr, col) of the edges by target, or by source."""
+        end = "_t" if transposed and not self.undirected else ""
+        return self.tensor(f"rowptr{end}"), self.tensor(f"col{end}")
+
+    def matrix(self, convolution: Convolution) -> tuple[Tensor | None, ...]:
+        """The fields of `Matrix`, the very values of `Matrix.build`, made some million edges at a time."""
+        kind, loops = self._kind(convolution)
+        sides = [self._side(kind, loops, False)]
+        sides.append(sides[0] if self.undirected and kind != "mean" else self._side(kind, loops, True))
+        return *sides[0], *sides[1]
+
+    def product(
+        self, convolution: Convolution, shape: tuple[int, ...], chunks: Callable[[], Iterable[Tensor]]
+    ) -> Tensor:
+        """C X, written as its rows are computed."""
+        kind, loops = self._kind(convolution)
+        name = f"{kind}{'-loops' * loops}.product"
+        return self._derived(name, np.float32, tuple(shape), lambda: (chunk.numpy() for chunk in chunks()))
+
+    def _kind(self, convolution: Convolution) -> tuple[str, bool]:
+        """(kind, whether self loops are added); `improved` counts for weighted edges only, which are not kept here."""
+        kind = convolution.kind
+        if kind not in ("gcn", "mean", "sum"):
+            raise ValueError(f"a graph on disk has no matrix of kind {kind!r}; use GCN, SAGE, GIN or a graph in memory")
+        if kind != "gcn" or not convolution.normalize:
+            return ("sum" if kind == "gcn" else kind), False
+        return kind, convolution.add_self_loops
+
+    def _side(self, kind: str, loops: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(rowptr, col, weight) of C or of its transpose."""
+        rowptr, col = self.structure(transposed)
+        end = "_t" if transposed and not self.undirected else ""
+        if loops:
+            rowptr, col = self._with_loops(rowptr, col, end)
+        if kind == "sum":
+            return rowptr, col, None
+
+        def chunks() -> Iterator[np.ndarray]:
+            by_target = rowptr
+            if transposed and not self.undirected:
+                by_target = self._with_loops(*self.structure(), "")[0] if loops else self.structure()[0]
+            degree = by_target.diff().float()
+            scale = (1.0 / degree if kind == "mean" else degree.pow(-0.5).masked_fill_(degree == 0, 0.0)).numpy()
+            for start, stop in _row_ranges(rowptr):
+                row, other = _edges_of(rowptr, col, start, stop)
+                if kind == "gcn":
+                    yield scale[row] * scale[other]
+                else:
+                    yield scale[other if transposed else row]
+
+        name = f"{kind}{'-loops' * loops}.weight{'_t' * transposed}"
+        return rowptr, col, self._derived(name, np.float32, tuple(col.shape), chunks)
+
+    def _with_loops(self, rowptr: Tensor, col: Tensor, end: str) -> tuple[Tensor, Tensor]:
+        """The structure with a self loop at every node."""
+
+        def row_starts() -> Iterator[np.ndarray]:
+            lacks = np.ones(rowptr.numel() - 1, bool)
+            for start, stop in _row_ranges(rowptr):
+                row, other = _edges_of(rowptr, col, start, stop)
+                lacks[row[row == other]] = False
+            yield rowptr.numpy() + np.concatenate([[0], np.cumsum(lacks)])
+
+        starts = self._derived(f"loops.rowptr{end}", np.int64, tuple(rowptr.shape), row_starts)
+
+        def columns() -> Iterator[np.ndarray]:
+            added = (starts - rowptr).numpy()  # loops added in the rows before
+            lacks = np.diff(added) > 0
+            for start, stop in _row_ranges(rowptr):
+                row, other = _edges_of(rowptr, col, start, stop)
+                new = np.flatnonzero(lacks[start:stop]) + start
+                out = np.empty(len(row) + len(new), np.int32)
+                after = other > row  # behind the new loop, if there is one
+                out[np.arange(len(row)) + added[row] - added[start] + (after & lacks[row])] = other
+                before = np.bincount(row[~after] - start, minlength=stop - start)[new - start]
+                out[starts.numpy()[new] - int(starts[start]) + before] = new
+                yield out
+
+        return starts, self._derived(f"loops.col{end}", np.int32, (int(starts[-1]),), columns)
+
+    def _derived(
+        self, name: str, dtype: type, shape: tuple[int, ...], chunks: Callable[[], Iterable[np.ndarray]]
+    ) -> Tensor:
+        """An array of the cache: mapped, and written first where it is missing or not whole."""
+        if name in self._tensors:
+            return self._tensors[name]
+        path, wanted = self.path / "cache" / f"{name}.npy", [np.dtype(dtype).name, *shape]
+        tensor = self._whole(path, wanted)
+        if tensor is None:
+            with _only_one(path, f".{path.name}.*"):
+                tensor = self._whole(path, wanted)  # by another process, meanwhile
+                if tensor is None:
+                    start = time.perf_counter()
+                    needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                    _check_space(path.parent, needed)
+                    with atomic_write(path) as handle, _bar(needed, name) as bar:
+                        write_npy(handle, dtype, shape, chunks(), bar)
+                    self.seconds[name] = round(time.perf_counter() - start, 2)
+                    tensor = self._map(path, wanted)
+        self._tensors[name] = tensor
+        return tensor
+
+    def _whole(self, path: Path, wanted: list) -> Tensor | None:
+        """The array in this file of the cache; None where there is no file, or, with a warning, where it is damaged."""
+        try:
+            return self._map(path, wanted)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and is made anew", RuntimeWarning, stacklevel=4)
+            return None
+
+    def _map(self, path: Path, wanted: list) -> Tensor:
+        """An .npy file of the wanted [dtype, *shape] as a tensor; a ValueError where it is another one or cut off."""
+        with open(path, "rb") as handle:
+            version = np.lib.format.read_magic(handle)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_column, dtype = read(handle)
+            if by_column or [dtype.name, *shape] != wanted:
+                raise ValueError(f"{path.name} holds {dtype.name} {list(shape)}, not {wanted[0]} {wanted[1:]}")
+            offset, count = handle.tell(), int(np.prod(shape))
+            found, needed = os.fstat(handle.fileno()).st_size, offset + count * dtype.itemsize
+            if found != needed:
+                raise ValueError(f"{path.name} is cut off: {found} of {needed} bytes")
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        kind = getattr(torch, dtype.name)
+        if count == 0:
+            return torch.empty(shape, dtype=kind)
+        self._maps.append(mapped)
+        return torch.frombuffer(mapped, dtype=kind, count=count, offset=offset).view(shape)
+
+
+class Buckets:
+    """Edges on their way to a sorted list, kept on disk as keys row * n + col, by ranges of rows."""
+
+    def __init__(self, folder: Path, num_nodes: int, expected: int):
+        self.folder, self.n = folder, num_nodes
+        folder.mkdir()
+        count = min(max(1, -(-expected // _EDGES)), _MAX_BUCKETS, num_nodes)
+        self.bounds = np.linspace(0, num_nodes, count + 1).astype(np.int64)  # rows of each bucket
+        self.files = [open(folder / str(i), "w+b") for i in range(count)]  # noqa: SIM115
+        self.bytes = 0
+
+    def add(self, row: np.ndarray, col: np.ndarray) -> None:
+        self.add_keys(row.astype(np.int64) * self.n + col)
+
+    def add_keys(self, keys: np.ndarray) -> None:
+        keys = np.sort(keys)
+        ends = np.searchsorted(keys, self.bounds * self.n)
+        for file, start, stop in zip(self.files, ends[:-1], ends[1:], strict=True):
+            file.write(keys[start:stop])
+        self.bytes += keys.nbytes
+
+    def read(self, i: int) -> np.ndarray:
+        """The distinct keys of a bucket, ascending."""
+        self.files[i].flush()
+        keys = np.sort(np.fromfile(self.folder / str(i), np.int64))
+        return keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
+
+    def replace(self, i: int, keys: np.ndarray) -> None:
+        self.files[i].seek(0)
+        self.files[i].truncate()
+        self.files[i].write(keys)
+        self.bytes += keys.nbytes
+
+    def drop(self, i: int) -> None:
+        """Give back the space of a bucket that is done."""
+        self.files[i].truncate(0)
+
+    def __enter__(self) -> Buckets:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self.files:
+            file.close()
+        shutil.rmtree(self.folder)
+
+
+class FolderWriter:
+    """Writes a graph folder: `edges` once, `array` for each of NODE_ARRAYS, then `finish`. Use `creating`."""
+
+    def __init__(self, path: Path, num_nodes: int, undirected: bool):
+        self.path, self.n, self.undirected = path, num_nodes, undirected
+        self.meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "nodes": num_nodes, "undirected": undirected}
+        self.shapes: dict[str, list] = {}
+        self.seconds: dict[str, float] = {}
+        self.bytes = 0  # written, temporary files included
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def edges(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], expected: int) -> None:
+        """(sources, targets), in any order, each edge once or more; undirected: in one direction or both.
+
+        `expected` is about how many there are, both directions counted.
+        """
+        with self.timed("sort edges"), Buckets(self.path / "by-target", self.n, expected) as by_target:
+            others = None if self.undirected else Buckets(self.path / "by-source", self.n, expected)
+            for source, target in chunks:
+                by_target.add(target, source)
+                (others or by_target).add(source, target)
+            self.bytes += by_target.bytes
+            self._sorted(by_target, "")
+            if others is not None:
+                with others:
+                    self._sorted(others, "_t")
+                    self.bytes += others.bytes
+
+    def array(self, name: str, chunks: Iterable[np.ndarray], width: tuple[int, ...] = ()) -> None:
+        """A node array, some rows at a time."""
+        with self.timed(name):
+            self._write(name, NODE_ARRAYS[name], (self.n, *width), chunks)
+
+    def finish(self, num_classes: int) -> None:
+        self.meta |= {"edges": self.shapes["col"][1], "classes": num_classes, "shapes": self.shapes}
+        self.meta |= {"hash": self._digest.hexdigest(), "seconds": self.seconds, "bytes_written": self.bytes}
+        with atomic_write(self.path / "meta.json") as handle:
+            handle.write((json.dumps(self.meta, indent=2) + "\n").encode())
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+
+    def _sorted(self, buckets: Buckets, end: str) -> None:
+        rowptr = np.zeros(self.n + 1, np.int64)
+
+        def columns() -> Iterator[np.ndarray]:
+            for i, (low, high) in enumerate(zip(buckets.bounds[:-1], buckets.bounds[1:], strict=True)):
+                keys = buckets.read(i)
+                row, col = np.divmod(keys, self.n)
+                rowptr[low + 1 : high + 1] = np.bincount(row - low, minlength=high - low)
+                buckets.drop(i)
+                yield col.astype(np.int32)
+
+        self._write(f"col{end}", np.int32, None, columns())
+        self._write(f"rowptr{end}", np.int64, (self.n + 1,), iter([np.cumsum(rowptr)]))
+
+    def _write(self, name: str, dtype: type, shape: tuple[int, ...] | None, chunks: Iterable[np.ndarray]) -> None:
+        def noted() -> Iterator[np.ndarray]:
+            for chunk in chunks:
+                chunk = np.ascontiguousarray(chunk, dtype)
+                self._digest.update(chunk)
+                self.bytes += chunk.nbytes
+                yield chunk
+
+        with open(self.path / f"{name}.npy", "wb") as handle:
+            written = write_npy(handle, dtype, shape, noted())
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.shapes[name] = [np.dtype(dtype).name, *written]
+
+
+@contextmanager
+def creating(path: Path, num_nodes: int, undirected: bool, needed: int) -> Iterator[FolderWriter | None]:
+    """A writer for a graph folder that is there at the end or not at all; None where it is there already.
+
+    needed: bytes that the disk must have free, or InputError. Another process that makes the same folder is waited for.
+    """
+    with _only_one(path, f".{path.name}.building-*"):
+        if (path / "meta.json").exists():
+            yield None
+            return
+        try:
+            _check_space(path.parent, needed)
+        except OSError as error:
+            text = f"{path} cannot be made: {error.strerror}; free some space or set VQGNN_CACHE to another disk"
+            raise InputError(text) from error
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.building-"))
+        try:
+            yield FolderWriter(temporary, num_nodes, undirected)
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def save(data: Data, path: str | Path, num_classes: int | None = None, undirected: bool = True) -> MappedData:
+    """Write a PyG `Data` of x, y, edge_index and the three masks to a graph folder, and open it.
+
+    Duplicate edges are kept once; `undirected` adds the opposite directions. FolderWriter writes what does not fit RAM.
+
+    Raises:
+        InputError: `path` exists already, or the disk is too full.
+        ValueError: the graph has edge weights, which a folder does not keep.
+    """
+    path, edge_index = Path(path), data.edge_index.numpy()
+    if "edge_weight" in data:
+        raise ValueError("data has edge_weight, which a graph folder does not keep; remove it")
+    needed = sum(tensor.nbytes for _, tensor in data) + 32 * edge_index.shape[1]
+    with creating(path, data.num_nodes, undirected, needed) as writer:
+        if writer is None:
+            raise InputError(f"{path} exists already; give another path")
+        starts = range(0, edge_index.shape[1], _EDGES)
+        writer.edges((edge_index[:, start : start + _EDGES] for start in starts), 2 * edge_index.shape[1])
+        for name in NODE_ARRAYS:
+            writer.array(name, data[name].split(_EDGES), tuple(data[name].shape[1:]))
+        writer.finish(int(data.y.max()) + 1 if num_classes is None else num_classes)
+    return MappedData(GraphFolder(path))
+
+
+def write_npy(
+    handle: BinaryIO, dtype: type, shape: tuple[int, ...] | None, chunks: Iterable[np.ndarray], bar: Any = None
+) -> tuple[int, ...]:
+    """An .npy file of the chunks, one after another; the shape, found by counting where none is given, is returned."""
+
+    def header(shape: tuple[int, ...]) -> None:
+        form = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(handle, form)
+
+    header(shape or (0,))
+    start, count = handle.tell(), 0
+    for chunk in chunks:
+        handle.write(np.ascontiguousarray(chunk, dtype))
+        count += chunk.size
+        if bar is not None:
+            bar.update(chunk.nbytes)
+    if shape is not None and count != int(np.prod(shape)):
+        raise RuntimeError(f"{count} values were written of an array {list(shape)}")
+    if shape is None:
+        shape = (count,)
+        handle.seek(0)
+        header(shape)  # numpy leaves room for the number to grow
+        if handle.tell() != start:
+            raise RuntimeError("numpy's header has grown")
+    return shape
+
+
+def _row_ranges(rowptr: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows with about _EDGES edges each (a longer row comes alone)."""
+    rowptr, start = rowptr.numpy(), 0
+    while start < len(rowptr) - 1:
+        stop = int(np.searchsorted(rowptr, rowptr[start] + _EDGES, side="right")) - 1
+        stop = min(max(stop, start + 1), start + _EDGES, len(rowptr) - 1)
+        yield start, stop
+        start = stop
+
+
+def _edges_of(rowptr: Tensor, col: Tensor, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row [k] int64, col [k] int32) of the edges of rows start..stop."""
+    part = rowptr[start : stop + 1].numpy()
+    return np.repeat(np.arange(start, stop), np.diff(part)), col[part[0] : part[-1]].numpy()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"{size(needed)} are needed in {folder}, {size(free)} are free"
+        raise OSError(errno.ENOSPC, text)
+
+
+def _bar(total: int, name: str) -> tqdm:
+    return tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=total < 1 << 28)
+
+
+@contextmanager
+def _only_one(path: Path, unfinished: str) -> Iterator[None]:
+    """One process at a time makes `path`; what a killed one left half made, named like `unfinished`, is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{path.name}-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(unfinished):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
