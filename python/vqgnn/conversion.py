@@ -117,9 +117,10 @@ def convert(
         conv.store_use = use
         graph.wanted[use.convolution, use.input == "precompute"] = None
     if fill and stores(model):
-        kept = torch.float32 if graph.folder is None else torch.float16  # rows as tall as the graph, for this sweep
-        large = place == "disk" or graph.folder is not None
-        warmup(model, data, forward=forward, dtype=kept, folder=folder if large else None)
+        on_disk = graph.folder is not None
+        kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only
+        kept_in = folder if on_disk or place == "disk" else None
+        warmup(model, data, forward, dtype=kept, folder=kept_in, progress=on_disk)
     return model
 
 

@@ -212,6 +212,7 @@ class GraphFolder:
                         write_npy(handle, dtype, shape, chunks(), bar)
                     self.seconds[name] = round(time.perf_counter() - start, 2)
                     tensor = self._map(path, wanted)
+                    self.release()  # what it was made of need not stay in RAM
         self._tensors[name] = tensor
         return tensor
 
@@ -375,6 +376,8 @@ def creating(path: Path, num_nodes: int, undirected: bool, needed: int) -> Itera
         if (path / "meta.json").exists():
             yield None
             return
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is no graph folder; remove it or choose another path")
         try:
             _check_space(path.parent, needed)
         except OSError as error:

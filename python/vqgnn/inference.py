@@ -97,11 +97,12 @@ def warmup(
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
+    progress: bool = False,
 ) -> None:
     """Fill the stores of a converted model by one exact forward sweep, codebooks included.
 
     `convert` does it; do it again after loading other weights. Gradients are unknown before the first step and stay 0.
-    dtype and folder: of the rows kept meanwhile, as for `layerwise`.
+    dtype, folder and progress are those of `layerwise`.
     """
 
     def fill(conv: StoreConv, rows: Tensor) -> None:
@@ -110,14 +111,15 @@ def warmup(
             return
         n = rows.size(0)
         generator = torch.Generator().manual_seed(0)
-        for n_id in torch.randperm(n, generator=generator).to(rows.device).split(_BATCH):
+        order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
+        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
             store.push(n_id, rows[n_id].float())
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
             for n_id in torch.arange(n, device=rows.device).split(_BATCH):
                 kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id].float()))
 
     with evaluating(model):
-        _Sweep(data, None, dtype, folder, forward, False, on_inputs=fill).run(model)
+        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=fill).run(model)
     for conv in model.modules():  # a store of the features themselves (input="codes") is no conv's output
         if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
             fill(conv, data.x)
