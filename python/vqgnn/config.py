@@ -18,7 +18,9 @@ def option(default: Any, text: str, low: float | None = None, high: float | None
 class Config:
     """Settings of `vqgnn train`; the command line's options are made from these fields."""
 
-    dataset: str = option("generated", "Graph: 'generated[:n=N,...]', an .npz file, 'ogbn-arxiv', 'cora', ...")
+    dataset: str = option(
+        "generated", "Graph: 'generated[:nodes=N,edges=E,...]', an .npz file, a graph folder, 'cora', ..."
+    )
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")

@@ -12,7 +12,6 @@ Every file is written under another name and renamed when it is whole, the folde
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
@@ -35,6 +34,11 @@ from tqdm import tqdm
 from .config import InputError
 from .files import atomic_write
 from .memory import size
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two processes may then make the same file, and one of the two is kept
+    fcntl = None
 
 if TYPE_CHECKING:
     from .graph import Convolution
@@ -477,7 +481,8 @@ def _only_one(path: Path, unfinished: str) -> Iterator[None]:
     """One process at a time makes `path`; what a killed one left half made, named like `unfinished`, is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{path.name}-lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         for left in path.parent.glob(unfinished):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield

@@ -173,6 +173,7 @@ class Graph:
         """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
         if convolution not in self._products:
             if self.folder is not None:
+                self.matrix(convolution)  # before, so that its time is not C X's
                 out = self.folder.product(convolution, self.x.shape, lambda: self._product_chunks(convolution))
             else:
                 out = torch.empty_like(self.x)

@@ -44,7 +44,10 @@ def zeros(folder: str | Path, *shape: int, dtype: torch.dtype = torch.float32) -
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as handle:
         try:
-            os.posix_fallocate(handle.fileno(), 0, tensor.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, tensor.nbytes)
+            else:
+                handle.truncate(tensor.nbytes)
         except OSError as error:
             free = size(shutil.disk_usage(folder).free)
             text = f"{size(tensor.nbytes)} for node state do not fit ({error.strerror}; {free} free)"
