@@ -7,6 +7,7 @@ The table that `vqgnn train` prints has the times by phase; this adds what /proc
 """
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ def watch(command: list[str]) -> dict[str, float]:
         time.sleep(_EVERY)
     result = {f"most {name}, GB": round(most[field] / 1e9, 2) for field, name in _FIELDS.items()}
     result |= {f"disk {key}, GB": round(int(traffic.get(key, 0)) / 1e9, 2) for key in ("read_bytes", "write_bytes")}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # on a busy machine, far less than the seconds
+    result["seconds of the CPU"] = round(used.ru_utime + used.ru_stime, 1)
     return {**result, "seconds": round(time.perf_counter() - start, 1), "exit code": process.returncode}
 
 

@@ -47,10 +47,12 @@ def available(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     free = _field("MemAvailable", _MEMINFO)
     try:
-        limit = int((_CGROUP / "memory.max").read_text()) - int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no such limit
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        limit -= used - int(kinds["active_file"]) - int(kinds["inactive_file"])  # cached files make room
+    except (OSError, ValueError, KeyError):  # no such limit
         return free
-    return limit if free is None else max(0, min(free, limit))
+    return max(0, limit if free is None else min(free, limit))
 
 
 def size(count: int) -> str:
