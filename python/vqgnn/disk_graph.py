@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "vqgnn-graph", 1
 NODE_ARRAYS = {"x": np.float32, "y": np.int64, "train_mask": bool, "val_mask": bool, "test_mask": bool}
-_EDGES = 4_000_000  # edges in RAM at a time
+_EDGES = 4_000_000  # edges in RAM at a time; which buckets a generated graph's edges meet in is part of the result
 _MAX_BUCKETS = 512  # files open at a time
 
 

@@ -92,29 +92,24 @@ class GeneratedGraph:
         running sum of the weights.
         """
         rng = np.random.default_rng(self.seed)
-        n, groups = self.n, self.classes * _COMMUNITIES
+        n = self.n
         class_of, class_share, community, weight = self._blocks(rng)
         label = class_of[community]
         edge_index = self._edges(rng, community, label, weight)
 
-        mean = rng.standard_normal((self.classes, self.features))[class_of]
-        mean = _SIGNAL * (mean + 0.7 * rng.standard_normal((groups, self.features)))
+        mean = self._means(rng, class_of)
         x = rng.standard_normal((n, self.features), dtype=np.float32)
         x *= np.exp(_NOISE_SPREAD * rng.standard_normal((n, 1), dtype=np.float32))
-        x += mean.astype(np.float32)[community]
+        x += mean[community]
         y = np.where(rng.random(n) < _LABEL_NOISE / weight, rng.choice(self.classes, n, p=class_share), label)
 
         place = rng.permutation(n)  # node ids must not tell the communities
         order = np.argsort(place)
-        split = rng.permutation(n)
-        train, val = round(_TRAIN * n), round((_TRAIN + _VAL) * n)
         return {
             "x": np.clip(x, -6e4, 6e4).astype(np.float16)[order],
             "y": y.astype(np.int16)[order],
             "edge_index": place[edge_index].astype(np.int32),
-            "train_mask": split < train,
-            "val_mask": (split >= train) & (split < val),
-            "test_mask": split >= val,
+            **self._masks(rng),
             "num_classes": np.int64(self.classes),
         }
 
@@ -124,7 +119,7 @@ class GeneratedGraph:
         The model of `generate`, but never all edges or features in RAM: arrays of one or two numbers a node, and
         pieces of fixed size.
         """
-        n, e, groups = self.n, self.num_edges, self.classes * _COMMUNITIES
+        n, e = self.n, self.num_edges
         sizes = f"n{n}-e{e}-c{self.classes}-f{self.features}-s{self.seed}{'-directed' * directed}"
         path = Path(folder) / f"generated-disk-v{_DISK_VERSION}-{sizes}"
         if (path / "meta.json").exists():
@@ -142,8 +137,7 @@ class GeneratedGraph:
                 writer.edges(_progress(_each_pair(pairs), e, "sorting edges"), 2 * e)
                 writer.bytes += pairs.bytes
 
-            mean = rng.standard_normal((self.classes, self.features))[class_of]
-            mean = _SIGNAL * (mean + 0.7 * rng.standard_normal((groups, self.features)))
+            mean = self._means(rng, class_of)
             order = np.argsort(place)
             community, weight = community[order].astype(np.int32), weight[order]
 
@@ -152,18 +146,15 @@ class GeneratedGraph:
                     shape = (min(_ROWS, n - start), self.features)
                     x = rng.standard_normal(shape, dtype=np.float32)
                     x *= np.exp(_NOISE_SPREAD * rng.standard_normal((shape[0], 1), dtype=np.float32))
-                    yield x + mean.astype(np.float32)[community[start : start + _ROWS]]
+                    yield x + mean[community[start : start + _ROWS]]
 
             writer.array("x", _progress(rows(), n, "features"), (self.features,))
             noisy = rng.random(n) < _LABEL_NOISE / weight
             labels = class_of[community]
             labels[noisy] = rng.choice(self.classes, int(noisy.sum()), p=class_share)
             writer.array("y", [labels])
-            split = rng.permutation(n)
-            train, val = round(_TRAIN * n), round((_TRAIN + _VAL) * n)
-            writer.array("train_mask", [split < train])
-            writer.array("val_mask", [(split >= train) & (split < val)])
-            writer.array("test_mask", [split >= val])
+            for key, mask in self._masks(rng).items():
+                writer.array(key, [mask])
             writer.finish(self.classes)
         return path
 
@@ -175,6 +166,20 @@ class GeneratedGraph:
         community = np.sort(rng.choice(groups, n, p=class_share[class_of] / _COMMUNITIES))
         weight = np.minimum((1 - rng.random(n)) ** (-1 / (_POWER_LAW - 1)), 3 * np.sqrt(n))  # 1 and more
         return class_of, class_share, community, weight
+
+    def _means(self, rng: np.random.Generator, class_of: np.ndarray) -> np.ndarray:
+        """The mean features of each community."""
+        mean = rng.standard_normal((self.classes, self.features))[class_of]
+        return (_SIGNAL * (mean + 0.7 * rng.standard_normal((len(class_of), self.features)))).astype(np.float32)
+
+    def _masks(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        split = rng.permutation(self.n)
+        train, val = round(_TRAIN * self.n), round((_TRAIN + _VAL) * self.n)
+        return {
+            "train_mask": split < train,
+            "val_mask": (split >= train) & (split < val),
+            "test_mask": split >= val,
+        }
 
     def _draw_on_disk(
         self,
