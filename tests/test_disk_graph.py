@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn.models import GCN
 
 import vqgnn
-from vqgnn import BatchLoader, Convolution, Graph, datasets, disk_graph, report
+from vqgnn import BatchLoader, Convolution, Graph, datasets, disk_graph, graph_writer, report
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
 from vqgnn.disk_graph import GraphFolder, MappedData
@@ -47,6 +47,7 @@ def small_world(tmp_path_factory, monkeypatch):
 def pieces(request, monkeypatch):
     """Edges in RAM at a time."""
     monkeypatch.setattr(disk_graph, "_EDGES", request.param)
+    monkeypatch.setattr(graph_writer, "_EDGES", request.param)
 
 
 def awkward(**options):
@@ -75,7 +76,7 @@ def assert_same_matrix(ours, expected):
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("undirected", [True, False], ids=["undirected", "directed"])
 def test_matrices_are_those_of_the_graph_in_memory(undirected, name, pieces, tmp_path):
-    data = disk_graph.save(awkward(), tmp_path / "graph", undirected=undirected)
+    data = graph_writer.save(awkward(), tmp_path / "graph", undirected=undirected)
     on_disk, expected = Graph.of(data), Graph.of(in_memory(data))
     convolution = CONVOLUTIONS[name]
     assert_same_matrix(on_disk.matrix(convolution), expected.matrix(convolution))
@@ -86,7 +87,7 @@ def test_matrices_are_those_of_the_graph_in_memory(undirected, name, pieces, tmp
 @pytest.mark.parametrize("undirected", [True, False], ids=["undirected", "directed"])
 def test_a_saved_graph_keeps_its_edges(undirected, pieces, tmp_path):
     source = awkward()
-    data = disk_graph.save(source, tmp_path / "graph", undirected=undirected)
+    data = graph_writer.save(source, tmp_path / "graph", undirected=undirected)
     edges = {tuple(pair) for pair in source.edge_index.t().tolist()}
     edges |= {(b, a) for a, b in edges} if undirected else set()
     found = [tuple(pair) for pair in in_memory(data).edge_index.t().tolist()]
@@ -94,13 +95,13 @@ def test_a_saved_graph_keeps_its_edges(undirected, pieces, tmp_path):
     for name in disk_graph.NODE_ARRAYS:
         assert torch.equal(data[name], source[name]) and data[name].dtype == source[name].dtype
     with pytest.raises(InputError, match="exists already"):
-        disk_graph.save(source, tmp_path / "graph")
+        graph_writer.save(source, tmp_path / "graph")
 
 
 def test_a_graph_without_edges(tmp_path):
     data = awkward(num_edges=9)
     data.edge_index = torch.empty(2, 0, dtype=torch.int64)
-    mapped = disk_graph.save(data, tmp_path / "graph")
+    mapped = graph_writer.save(data, tmp_path / "graph")
     for convolution in CONVOLUTIONS.values():
         assert_same_matrix(Graph.of(mapped).matrix(convolution), Graph.of(data).matrix(convolution))
 
@@ -117,7 +118,7 @@ def test_pieces_cover_every_row_once(monkeypatch):
 
 @pytest.mark.parametrize("spec", [SPEC, "n=50,edges=300,disk=1", "n=20,edges=0,disk=1,classes=2"])
 def test_generated_edges_are_exactly_as_many_and_distinct(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_graph, "_EDGES", 500)
+    monkeypatch.setattr(graph_writer, "_EDGES", 500)
     graph = GeneratedGraph.parse(spec)
     data = MappedData(GraphFolder(graph.cached_on_disk(tmp_path)))
     edges = torch.cat([torch.stack(chunk) for chunk in data.edge_chunks()] or [torch.empty(2, 0)], 1)
@@ -191,7 +192,7 @@ def test_info_and_statistics_equal_those_in_memory():
 
 @pytest.mark.parametrize("method", ["full", "gas"])
 def test_inference_and_batches_equal_those_in_memory(method, tmp_path):
-    data = disk_graph.save(awkward(), tmp_path / "graph")
+    data = graph_writer.save(awkward(), tmp_path / "graph")
     other = in_memory(data)
     results, models = [], []
     for each in (data, other):
@@ -229,7 +230,7 @@ def test_stopped_and_resumed_with_state_and_graph_on_disk(tmp_path, monkeypatch)
 @pytest.fixture
 def saved(tmp_path):
     """A saved graph with C and C X of a GCN in its cache."""
-    data = disk_graph.save(awkward(), tmp_path / "graph")
+    data = graph_writer.save(awkward(), tmp_path / "graph")
     Graph.of(data).product(Convolution("gcn"))
     return tmp_path / "graph"
 
@@ -315,7 +316,11 @@ def test_what_a_graph_on_disk_refuses(saved, tmp_path, capsys):
     with pytest.raises(ValueError, match="write another folder"):
         Graph.of(data)
     with pytest.raises(ValueError, match="edge_weight"):
-        disk_graph.save(awkward(weighted=True), tmp_path / "weighted")
+        graph_writer.save(awkward(weighted=True), tmp_path / "weighted")
+    several = awkward()
+    several.y = torch.ones(several.num_nodes, 3)
+    with pytest.raises(ValueError, match="one label a node"):
+        graph_writer.save(several, tmp_path / "several")
 
 
 def test_released_pages_are_read_again(saved):

@@ -11,19 +11,14 @@ Every file is written under another name and renamed when it is whole, the folde
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import mmap
 import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,21 +27,14 @@ from torch_geometric.data import Data
 from tqdm import tqdm
 
 from .config import InputError
-from .files import atomic_write
-from .memory import size
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes may then make the same file, and one of the two is kept
-    fcntl = None
+from .files import atomic_write, check_space, only_one, write_npy
 
 if TYPE_CHECKING:
     from .graph import Convolution
 
 FORMAT, VERSION = "vqgnn-graph", 1
 NODE_ARRAYS = {"x": np.float32, "y": np.int64, "train_mask": bool, "val_mask": bool, "test_mask": bool}
-_EDGES = 4_000_000  # edges in RAM at a time; which buckets a generated graph's edges meet in is part of the result
-_MAX_BUCKETS = 512  # files open at a time
+_EDGES = 4_000_000  # edges in RAM at a time
 
 
 class MappedData(Data):
@@ -206,12 +194,12 @@ class GraphFolder:
         path, wanted = self.path / "cache" / f"{name}.npy", [np.dtype(dtype).name, *shape]
         tensor = self._whole(path, wanted)
         if tensor is None:
-            with _only_one(path, f".{path.name}.*"):
+            with only_one(path, f".{path.name}.*"):
                 tensor = self._whole(path, wanted)  # by another process, meanwhile
                 if tensor is None:
                     start = time.perf_counter()
                     needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
-                    _check_space(path.parent, needed)
+                    check_space(path.parent, needed)
                     with atomic_write(path) as handle, _bar(needed, name) as bar:
                         write_npy(handle, dtype, shape, chunks(), bar)
                     self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -250,204 +238,6 @@ class GraphFolder:
         return torch.frombuffer(mapped, dtype=kind, count=count, offset=offset).view(shape)
 
 
-class Buckets:
-    """Edges on their way to a sorted list, kept on disk as keys row * n + col, by ranges of rows."""
-
-    def __init__(self, folder: Path, num_nodes: int, expected: int):
-        self.folder, self.n = folder, num_nodes
-        folder.mkdir()
-        count = min(max(1, -(-expected // _EDGES)), _MAX_BUCKETS, num_nodes)
-        self.bounds = np.linspace(0, num_nodes, count + 1).astype(np.int64)  # rows of each bucket
-        self.files = [open(folder / str(i), "w+b") for i in range(count)]  # noqa: SIM115
-        self.bytes = 0
-
-    def add(self, row: np.ndarray, col: np.ndarray) -> None:
-        self.add_keys(row.astype(np.int64) * self.n + col)
-
-    def add_keys(self, keys: np.ndarray) -> None:
-        keys = np.sort(keys)
-        ends = np.searchsorted(keys, self.bounds * self.n)
-        for file, start, stop in zip(self.files, ends[:-1], ends[1:], strict=True):
-            file.write(keys[start:stop])
-        self.bytes += keys.nbytes
-
-    def read(self, i: int) -> np.ndarray:
-        """The distinct keys of a bucket, ascending."""
-        self.files[i].flush()
-        keys = np.sort(np.fromfile(self.folder / str(i), np.int64))
-        return keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
-
-    def replace(self, i: int, keys: np.ndarray) -> None:
-        self.files[i].seek(0)
-        self.files[i].truncate()
-        self.files[i].write(keys)
-        self.bytes += keys.nbytes
-
-    def drop(self, i: int) -> None:
-        """Give back the space of a bucket that is done."""
-        self.files[i].truncate(0)
-
-    def __enter__(self) -> Buckets:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in self.files:
-            file.close()
-        shutil.rmtree(self.folder)
-
-
-class FolderWriter:
-    """Writes a graph folder: `edges` once, `array` for each of NODE_ARRAYS, then `finish`. Use `creating`."""
-
-    def __init__(self, path: Path, num_nodes: int, undirected: bool):
-        self.path, self.n, self.undirected = path, num_nodes, undirected
-        self.meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "nodes": num_nodes, "undirected": undirected}
-        self.shapes: dict[str, list] = {}
-        self.seconds: dict[str, float] = {}
-        self.bytes = 0  # written, temporary files included
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def edges(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]], expected: int) -> None:
-        """(sources, targets), in any order, each edge once or more; undirected: in one direction or both.
-
-        `expected` is about how many there are, both directions counted.
-        """
-        with self.timed("sort edges"), Buckets(self.path / "by-target", self.n, expected) as by_target:
-            others = None if self.undirected else Buckets(self.path / "by-source", self.n, expected)
-            for source, target in chunks:
-                by_target.add(target, source)
-                (others or by_target).add(source, target)
-            self.bytes += by_target.bytes
-            self._sorted(by_target, "")
-            if others is not None:
-                with others:
-                    self._sorted(others, "_t")
-                    self.bytes += others.bytes
-
-    def array(self, name: str, chunks: Iterable[np.ndarray], width: tuple[int, ...] = ()) -> None:
-        """A node array, some rows at a time."""
-        with self.timed(name):
-            self._write(name, NODE_ARRAYS[name], (self.n, *width), chunks)
-
-    def finish(self, num_classes: int) -> None:
-        self.meta |= {"edges": self.shapes["col"][1], "classes": num_classes, "shapes": self.shapes}
-        self.meta |= {"hash": self._digest.hexdigest(), "seconds": self.seconds, "bytes_written": self.bytes}
-        with atomic_write(self.path / "meta.json") as handle:
-            handle.write((json.dumps(self.meta, indent=2) + "\n").encode())
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
-
-    def _sorted(self, buckets: Buckets, end: str) -> None:
-        rowptr = np.zeros(self.n + 1, np.int64)
-
-        def columns() -> Iterator[np.ndarray]:
-            for i, (low, high) in enumerate(zip(buckets.bounds[:-1], buckets.bounds[1:], strict=True)):
-                keys = buckets.read(i)
-                row, col = np.divmod(keys, self.n)
-                rowptr[low + 1 : high + 1] = np.bincount(row - low, minlength=high - low)
-                buckets.drop(i)
-                yield col.astype(np.int32)
-
-        self._write(f"col{end}", np.int32, None, columns())
-        self._write(f"rowptr{end}", np.int64, (self.n + 1,), iter([np.cumsum(rowptr)]))
-
-    def _write(self, name: str, dtype: type, shape: tuple[int, ...] | None, chunks: Iterable[np.ndarray]) -> None:
-        def noted() -> Iterator[np.ndarray]:
-            for chunk in chunks:
-                chunk = np.ascontiguousarray(chunk, dtype)
-                self._digest.update(chunk)
-                self.bytes += chunk.nbytes
-                yield chunk
-
-        with open(self.path / f"{name}.npy", "wb") as handle:
-            written = write_npy(handle, dtype, shape, noted())
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.shapes[name] = [np.dtype(dtype).name, *written]
-
-
-@contextmanager
-def creating(path: Path, num_nodes: int, undirected: bool, needed: int) -> Iterator[FolderWriter | None]:
-    """A writer for a graph folder that is there at the end or not at all; None where it is there already.
-
-    needed: bytes that the disk must have free, or InputError. Another process that makes the same folder is waited for.
-    """
-    with _only_one(path, f".{path.name}.building-*"):
-        if (path / "meta.json").exists():
-            yield None
-            return
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists and is no graph folder; remove it or choose another path")
-        try:
-            _check_space(path.parent, needed)
-        except OSError as error:
-            text = f"{path} cannot be made: {error.strerror}; free some space or set VQGNN_CACHE to another disk"
-            raise InputError(text) from error
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.building-"))
-        try:
-            yield FolderWriter(temporary, num_nodes, undirected)
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def save(data: Data, path: str | Path, num_classes: int | None = None, undirected: bool = True) -> MappedData:
-    """Write a PyG `Data` of x, y, edge_index and the three masks to a graph folder, and open it.
-
-    Duplicate edges are kept once; `undirected` adds the opposite directions. FolderWriter writes what does not fit RAM.
-
-    Raises:
-        InputError: `path` exists already, or the disk is too full.
-        ValueError: the graph has edge weights, which a folder does not keep.
-    """
-    path, edge_index = Path(path), data.edge_index.numpy()
-    if "edge_weight" in data:
-        raise ValueError("data has edge_weight, which a graph folder does not keep; remove it")
-    needed = sum(tensor.nbytes for _, tensor in data) + 32 * edge_index.shape[1]
-    with creating(path, data.num_nodes, undirected, needed) as writer:
-        if writer is None:
-            raise InputError(f"{path} exists already; give another path")
-        starts = range(0, edge_index.shape[1], _EDGES)
-        writer.edges((edge_index[:, start : start + _EDGES] for start in starts), 2 * edge_index.shape[1])
-        for name in NODE_ARRAYS:
-            writer.array(name, data[name].split(_EDGES), tuple(data[name].shape[1:]))
-        writer.finish(int(data.y.max()) + 1 if num_classes is None else num_classes)
-    return MappedData(GraphFolder(path))
-
-
-def write_npy(
-    handle: BinaryIO, dtype: type, shape: tuple[int, ...] | None, chunks: Iterable[np.ndarray], bar: Any = None
-) -> tuple[int, ...]:
-    """An .npy file of the chunks, one after another; the shape, found by counting where none is given, is returned."""
-
-    def header(shape: tuple[int, ...]) -> None:
-        form = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(handle, form)
-
-    header(shape or (0,))
-    start, count = handle.tell(), 0
-    for chunk in chunks:
-        handle.write(np.ascontiguousarray(chunk, dtype))
-        count += chunk.size
-        if bar is not None:
-            bar.update(chunk.nbytes)
-    if shape is not None and count != int(np.prod(shape)):
-        raise RuntimeError(f"{count} values were written of an array {list(shape)}")
-    if shape is None:
-        shape = (count,)
-        handle.seek(0)
-        header(shape)  # numpy leaves room for the number to grow
-        if handle.tell() != start:
-            raise RuntimeError("numpy's header has grown")
-    return shape
-
-
 def _row_ranges(rowptr: Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of rows with about _EDGES edges each (a longer row comes alone)."""
     rowptr, start = rowptr.numpy(), 0
@@ -464,25 +254,5 @@ def _edges_of(rowptr: Tensor, col: Tensor, start: int, stop: int) -> tuple[np.nd
     return np.repeat(np.arange(start, stop), np.diff(part)), col[part[0] : part[-1]].numpy()
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        text = f"{size(needed)} are needed in {folder}, {size(free)} are free"
-        raise OSError(errno.ENOSPC, text)
-
-
 def _bar(total: int, name: str) -> tqdm:
     return tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False, disable=total < 1 << 28)
-
-
-@contextmanager
-def _only_one(path: Path, unfinished: str) -> Iterator[None]:
-    """One process at a time makes `path`; what a killed one left half made, named like `unfinished`, is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}-lock", "w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in path.parent.glob(unfinished):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import disk_graph
+from . import graph_writer
 from .config import InputError
 from .files import atomic_write
 
@@ -125,13 +125,13 @@ class GeneratedGraph:
         if (path / "meta.json").exists():
             return path
         edges_at_most = 8 * 1.1 * e + 16 * e + 8 * e  # keys of pairs, keys of both directions, col
-        with disk_graph.creating(path, n, not directed, int(edges_at_most + n * (4 * self.features + 19))) as writer:
+        with graph_writer.creating(path, n, not directed, int(edges_at_most + n * (4 * self.features + 19))) as writer:
             if writer is None:
                 return path
             rng = np.random.default_rng(self.seed)
             class_of, class_share, community, weight = self._blocks(rng)
             place = rng.permutation(n)  # node ids must not tell the communities
-            with disk_graph.Buckets(writer.path / "pairs", n, e) as pairs:
+            with graph_writer.Buckets(writer.path / "pairs", n, e) as pairs:
                 with writer.timed("draw edges"):
                     self._draw_on_disk(rng, pairs, class_of, community, weight, place)
                 writer.edges(_progress(_each_pair(pairs), e, "sorting edges"), 2 * e)
@@ -184,7 +184,7 @@ class GeneratedGraph:
     def _draw_on_disk(
         self,
         rng: np.random.Generator,
-        pairs: disk_graph.Buckets,
+        pairs: graph_writer.Buckets,
         class_of: np.ndarray,
         community: np.ndarray,
         weight: np.ndarray,
@@ -264,7 +264,7 @@ def _find(running: np.ndarray, point: np.ndarray) -> np.ndarray:
     return np.minimum(np.searchsorted(running, point, side="right") - 1, len(running) - 2)
 
 
-def _each_pair(pairs: disk_graph.Buckets) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _each_pair(pairs: graph_writer.Buckets) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for i in range(len(pairs.files)):
         keys = pairs.read(i)
         pairs.drop(i)
