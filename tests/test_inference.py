@@ -103,12 +103,10 @@ def test_kept_rows(dtype, error, folder, data, tmp_path):
     expected = exact(model, data)
     vqgnn.convert(model, data, method="full")
     kept = tmp_path / "rows" if folder else None
-    for _ in range(2):  # a second time over the same files
-        out = layerwise(model, data, 9, dtype=dtype, folder=kept)
-        torch.testing.assert_close(out, expected, atol=error, rtol=error)
+    out = layerwise(model, data, 9, dtype=dtype, folder=kept)
+    torch.testing.assert_close(out, expected, atol=error, rtol=error)
     if folder:
-        sizes = {path.name: path.stat().st_size for path in kept.iterdir()}
-        assert sizes["inputs.rows"] == 40 * 8 * dtype.itemsize
+        assert kept.is_dir() and not any(kept.iterdir())  # the files have no names, so that none is left behind
 
 
 @pytest.mark.parametrize("method", ["exact", "vq", "stale"])

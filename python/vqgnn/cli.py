@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .train import Trainer
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Train GNNs in mini-batches that keep every message.",
@@ -90,10 +92,11 @@ def train(
     dataset = _load(config)
     continued = run is not None and run.checkpoint_path.exists()
     state = run.load_checkpoint(dataset.fingerprint()) if continued else None
-    trainer = Trainer(config, dataset, fill=not continued)
+    folder = out or Run.free_name(config)
+    trainer = Trainer(config, dataset, fill=not continued, folder=Run.state_folder(folder))
     if continued:
-        trainer.load_state_dict(state)
-    run = run or Run.create(out or Run.free_name(config), config)
+        trainer.load_state_dict(state, run)
+    run = run or Run.create(folder, config)
     verb = "continuing" if continued else "training"
     print(f"{verb} {run.path}: {config.model}, {len(trainer.loader)} batches an epoch")
     try:
@@ -188,6 +191,10 @@ def _failed(error: Exception) -> int:
     if type(error).__name__ == "TrainingError":
         _say(f"error: {error}")
         return 1
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {where}{error.strerror}; free some space; a run that had begun goes on with --resume")
+        return BAD_INPUT
     raise error
 
 
@@ -227,8 +234,8 @@ def _trained(path: Path) -> tuple[Run, Trainer]:
     run = Run(path)
     dataset = _load(run.config)
     state = run.load_checkpoint(dataset.fingerprint())
-    trainer = Trainer(run.config, dataset, fill=False)
-    trainer.load_state_dict(state)
+    trainer = Trainer(run.config, dataset, fill=False, folder=Run.state_folder(path))
+    trainer.load_state_dict(state, run)
     trainer.use_best()
     return run, trainer
 

@@ -18,7 +18,9 @@ def option(default: Any, text: str, low: float | None = None, high: float | None
 class Config:
     """Settings of `vqgnn train`; the command line's options are made from these fields."""
 
-    dataset: str = option("generated", "Graph: 'generated[:n=N,...]', an .npz file, 'ogbn-arxiv', 'cora', ...")
+    dataset: str = option(
+        "generated", "Graph: 'generated[:nodes=N,edges=E,...]', an .npz file, a graph folder, 'cora', ..."
+    )
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
@@ -31,6 +33,9 @@ class Config:
         None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
     )
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
+    place: Literal["auto", "device", "disk"] = option(
+        "auto", "Where node states lie; 'auto': on disk if they would take over half of the free memory."
+    )
     sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
     batch_size: int | None = option(None, "Nodes a batch. [default: a tenth of the nodes]", 1)
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch_geometric.nn as pyg
@@ -14,6 +15,8 @@ from .graph import BatchGraph, Graph
 from .inference import call_model, evaluating, warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .partitioning import cache_folder
+from .places import resolve
 from .store import Codec, NodeStore
 
 # method -> default codec, gradient store
@@ -37,6 +40,8 @@ def convert(
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
+    place: str = "auto",
+    folder: str | Path | None = None,
     **codebook,
 ) -> nn.Module:
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
@@ -56,6 +61,9 @@ def convert(
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        place: where node state lies: "device" (the data's), "disk" (memory-mapped files, on the CPU), or "auto": disk
+            where it would take more than half of the free memory.
+        folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
     Returns:
@@ -63,6 +71,7 @@ def convert(
 
     Raises:
         ValueError: an unknown option, a conv or an option of one that cannot be converted, or a model without convs.
+        OSError: the disk is too full for place="disk".
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -85,6 +94,7 @@ def convert(
         convolutions = {conv: conv.convolution() for conv in convs.values()}
         calls = _probe(model, graph, forward)
         uses: dict[StoreConv, StoreUse] = {}
+        wanted: dict[StoreConv, dict] = {}  # the convs with a store: its arguments
         for index, (name, conv) in enumerate(convs.items()):
             if conv not in calls:
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
@@ -100,8 +110,20 @@ def convert(
                 raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
             elif codec is not None:
                 keep = default_grad and conv.fixed if grad is None else grad
-                use.store = NodeStore(graph.num_nodes, dim, codec, keep, seed + index, conv.softmax_heads, **codebook)
-                use.store.to(graph.x.device)
+                wanted[conv] = {
+                    "num_nodes": graph.num_nodes,
+                    "dim": dim,
+                    "codec": codec,
+                    "grad": keep,
+                    "seed": seed + index,
+                    "heads": conv.softmax_heads,
+                }
+        with torch.device("meta"):  # the very stores, without their memory
+            needed = sum(NodeStore(**shape).nbytes for shape in wanted.values())
+        place, folder = resolve(place, needed, graph.x.device), Path(folder or cache_folder() / "state")
+        for conv, shape in wanted.items():
+            uses[conv].store = NodeStore(**shape, place=place, folder=folder, **codebook)
+            uses[conv].store.to(graph.x.device)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, cls in classes.items():
             conv.__class__ = cls
@@ -111,7 +133,10 @@ def convert(
         inputs = {"precompute": "input_messages", "rows": "csr" if conv.fixed else "bipartite"}
         graph.wanted[use.convolution, inputs.get(use.input, "csr")] = None
     if fill and stores(model):
-        warmup(model, data, forward=forward)
+        on_disk = graph.folder is not None
+        kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only
+        kept_in = folder if on_disk or place == "disk" else None
+        warmup(model, data, forward, dtype=kept, folder=kept_in, progress=on_disk)
     return model
 
 

@@ -16,6 +16,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.utils import coalesce, to_undirected
 
 from .config import InputError
+from .disk_graph import GraphFolder, MappedData
 from .generate import GeneratedGraph
 from .partitioning import cache_folder
 
@@ -41,6 +42,8 @@ class Dataset:
     def fingerprint(self) -> dict[str, int | str]:
         """Tells this graph from others: sizes and a hash of edges, features, labels and masks."""
         digest = hashlib.blake2b(digest_size=16)
+        if isinstance(self.data, MappedData):
+            return self.data.folder.fingerprint
         for key in ("edge_index", "x", "y", *MASKS):
             digest.update(memoryview(self.data[key].cpu().contiguous().numpy()).cast("B"))
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
@@ -50,7 +53,8 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
     """A data set by name, checked.
 
     Args:
-        name: "generated[:n=...,...]", a path of an .npz file, "ogbn-arxiv" (through ogb), or "cora" (through PyG).
+        name: "generated[:n=...,...]", a path of an .npz file or of a graph folder (see disk_graph; a large generated
+            graph is one), "ogbn-arxiv" (through ogb), or "cora" (through PyG).
         split: which column of the masks, where there are several.
         directed: keep the edges as stored; else the graph is made undirected. Duplicates go, self loops stay.
         columns: use only these feature columns.
@@ -59,7 +63,12 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
         InputError: anything wrong with the name or the data, in one line.
     """
     if name == "generated" or name.startswith("generated:"):
-        arrays = read_npz(GeneratedGraph.parse(name.partition(":")[2]).cached(cache_folder()), columns)
+        graph = GeneratedGraph.parse(name.partition(":")[2])
+        if graph.on_disk:
+            return _mapped(name, graph.cached_on_disk(cache_folder(), directed), split, directed, columns)
+        arrays = read_npz(graph.cached(cache_folder()), columns)
+    elif (Path(name).expanduser() / "meta.json").exists():
+        return _mapped(name, Path(name).expanduser(), split, directed, columns)
     elif name.endswith(".npz") or os.sep in name:
         arrays = read_npz(Path(name).expanduser(), columns)
     elif name in OGB:
@@ -70,6 +79,19 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
         known = ", ".join([*OGB, *PYG])
         raise InputError(f"dataset {name!r} is unknown; use 'generated[:n=N,...]', a path of an .npz file, or {known}")
     return _checked(name, arrays, split, directed, columns)
+
+
+def _mapped(name: str, path: Path, split: int, directed: bool, columns: slice | None) -> Dataset:
+    """A graph folder as it is: what would need another copy of it is refused."""
+    folder = GraphFolder(path)
+    if split or columns:
+        raise InputError(
+            f"dataset {name!r} is on disk: it has one split and all its features; leave out --split, --features"
+        )
+    if directed == folder.undirected:
+        kind = "undirected" if folder.undirected else "directed"
+        raise InputError(f"dataset {name!r} is {kind}; {'leave out' if directed else 'give'} --directed")
+    return Dataset(name, MappedData(folder), folder.meta["classes"], multilabel=False)
 
 
 def read_npz(path: Path, columns: slice | None = None) -> dict[str, np.ndarray]:

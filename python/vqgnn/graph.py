@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,8 @@ from torch_geometric.utils import add_self_loops, degree, remove_self_loops
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
+
+from .disk_graph import MappedData
 
 _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the result is ever as tall as the graph
 
@@ -101,7 +104,12 @@ class Graph:
 
     def __init__(self, data: Data):
         edge_index, num_nodes = data.edge_index, data.num_nodes
-        if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+        self.folder = data.folder if isinstance(data, MappedData) else None  # its files have been checked
+        if self.folder is not None:
+            if edge_index is not None or _edge_weight(data) is not None or data.x is not self.folder.tensor("x"):
+                raise ValueError("a graph on disk takes x and the edges from its folder; write another folder instead")
+            edge_index = torch.empty(2, 0, dtype=torch.int64)
+        elif not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
             came = getattr(edge_index, "shape", None) or type(edge_index).__name__
             raise ValueError(f"data.edge_index must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
         if data.x is None or data.x.dim() != 2 or data.x.size(0) != num_nodes:
@@ -120,7 +128,7 @@ class Graph:
                 "drop those edges or set data.num_nodes"
             )
         self.num_nodes = num_nodes
-        self.edge_index = edge_index
+        self.edge_index = data.edge_index
         self.edge_weight = _edge_weight(data)
         if self.edge_weight is not None and self.edge_weight.shape != edge_index.shape[1:]:
             raise ValueError(
@@ -145,7 +153,10 @@ class Graph:
 
     def matrix(self, convolution: Convolution) -> Matrix:
         if convolution not in self._matrices:
-            self._matrices[convolution] = Matrix.build(*convolution.edges(self), self.num_nodes)
+            if self.folder is not None:
+                self._matrices[convolution] = Matrix(*self.folder.matrix(convolution))
+            else:
+                self._matrices[convolution] = Matrix.build(*convolution.edges(self), self.num_nodes)
         return self._matrices[convolution]
 
     def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
@@ -164,12 +175,20 @@ class Graph:
     def product(self, convolution: Convolution) -> Tensor:
         """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
         if convolution not in self._products:
-            out = torch.empty_like(self.x)
-            for start in range(0, self.num_nodes, _CHUNK):
-                stop = min(start + _CHUNK, self.num_nodes)
-                out[start:stop] = self.propagate(convolution, self.features, start, stop, self.x.size(1))
+            if self.folder is not None:
+                self.matrix(convolution)  # before, so that its time is not C X's
+                out = self.folder.product(convolution, self.x.shape, lambda: self._product_chunks(convolution))
+            else:
+                out = torch.empty_like(self.x)
+                for i, chunk in enumerate(self._product_chunks(convolution)):
+                    out[i * _CHUNK : i * _CHUNK + len(chunk)] = chunk
             self._products[convolution] = out
         return self._products[convolution]
+
+    def _product_chunks(self, convolution: Convolution) -> Iterator[Tensor]:
+        for start in range(0, self.num_nodes, _CHUNK):
+            stop = min(start + _CHUNK, self.num_nodes)
+            yield self.propagate(convolution, self.features, start, stop, self.x.size(1))
 
     @property
     def features(self) -> Rows:

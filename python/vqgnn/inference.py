@@ -14,6 +14,7 @@ from tqdm import tqdm
 import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
+from . import tables
 from .graph import BatchGraph, Graph
 from .loader import Batch, BatchLoader
 from .nn import StoreConv
@@ -62,7 +63,7 @@ def layerwise(
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
-        folder: keep the rows in memory-mapped files in this folder instead of in RAM.
+        folder: keep the rows, and the result, in memory-mapped scratch files in this folder instead of in RAM.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
     """
     if method not in METHODS:
@@ -90,10 +91,18 @@ def layerwise(
 
 
 @torch.no_grad()
-def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> None:
+def warmup(
+    model: nn.Module,
+    data: Data,
+    forward: Callable[[nn.Module, Batch], Tensor] = call_model,
+    dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> None:
     """Fill the stores of a converted model by one exact forward sweep, codebooks included.
 
     `convert` does it; do it again after loading other weights. Gradients are unknown before the first step and stay 0.
+    dtype, folder and progress are those of `layerwise`.
     """
 
     def fill(conv: StoreConv, rows: Tensor) -> None:
@@ -102,14 +111,15 @@ def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], T
             return
         n = rows.size(0)
         generator = torch.Generator().manual_seed(0)
-        for n_id in torch.randperm(n, generator=generator).to(rows.device).split(_BATCH):
-            store.push(n_id, rows[n_id])
+        order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
+        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
+            store.push(n_id, rows[n_id].float())
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
             for n_id in torch.arange(n, device=rows.device).split(_BATCH):
-                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id]))
+                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id].float()))
 
     with evaluating(model):
-        _Sweep(data, None, torch.float32, None, forward, False, on_inputs=fill).run(model)
+        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=fill).run(model)
     for conv in model.modules():  # a store of the first conv's inputs (input="codes") is no conv's output
         if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
             fill(conv, conv.message_input(data.x))
@@ -155,7 +165,7 @@ class _Sweep:
                 except _NextConv:
                     continue
                 if result is None:
-                    result = out.new_empty(graph.num_nodes, *out.shape[1:])
+                    result = self._rows(*out.shape[1:], dtype=out.dtype)
                 result[start:stop] = out
             if len(self.widths) < len(self.outputs):  # this pass met no conv to compute: it only recorded inputs
                 self.outputs.pop()
@@ -186,7 +196,7 @@ class _Sweep:
         if len(self.widths) == index:
             self.widths.append(out.size(1))
             if not (self.chain or self.last):
-                self.outputs[index] = self._rows(f"conv{index}", out.size(1))
+                self.outputs[index] = self._rows(out.size(1))
         if self.outputs[index] is not None:
             self.outputs[index][start:stop] = out
         return out
@@ -241,7 +251,7 @@ class _Sweep:
             self.recorded[start:stop] = source_codes
         else:
             if self.recorded is None:
-                self.recorded = self._rows("inputs", source.size(1))
+                self.recorded = self._rows(source.size(1))
             self.recorded[start:stop] = source
         raise _NextConv
 
@@ -257,12 +267,9 @@ class _Sweep:
         else:
             self.inputs = Rows("fp32" if self.dtype == torch.float32 else "fp16", self.recorded, None, None)
 
-    def _rows(self, name: str, dim: int) -> Tensor:
-        """An [n, dim] table in RAM or in a file."""
-        size = (self.graph.num_nodes, dim)
+    def _rows(self, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An [n, *dims] table in RAM or in a scratch file."""
+        size, dtype = (self.graph.num_nodes, *dims), dtype or self.dtype
         if self.folder is None:
-            return torch.empty(size, dtype=self.dtype, device=self.graph.x.device)
-        path = Path(self.folder) / f"{name}.rows"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # "inputs" of the last pass may still be mapped; it lives on until it is dropped
-        return torch.from_file(str(path), shared=True, size=size[0] * size[1], dtype=self.dtype).view(size)
+            return torch.empty(size, dtype=dtype, device=self.graph.x.device)
+        return tables.zeros(self.folder, *size, dtype=dtype)

@@ -85,6 +85,8 @@ class BatchLoader:
         else:
             self._num_batches = min(math.ceil(num_parts / parts_per_batch), n)
         if sampler == "cluster" and self._num_batches > 1:
+            if data.edge_index is None:
+                raise ValueError("sampler='cluster' needs edge_index, which a graph on disk lacks; use sampler='node'")
             self._parts = partition(data.edge_index, n, min(num_parts, n), cache_dir)
             self._num_batches = min(self._num_batches, len(self._parts))
 

@@ -1,8 +1,15 @@
-"""This process's memory, from the kernel's own counters; None where there is no /proc."""
+"""Memory of this process and of its machine, from the kernel's own counters; None where there is no /proc."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+if TYPE_CHECKING:
+    import torch
+
+_STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+_CGROUP, _IO = Path("/sys/fs/cgroup"), Path("/proc/self/io")
 
 
 def resident() -> int | None:
@@ -23,9 +30,44 @@ def reset_peak() -> None:
         return
 
 
-def _field(name: str) -> int | None:
+def disk_traffic() -> tuple[int, int] | None:
+    """Bytes that this process has had read from and written to disks, page faults of mapped files included."""
     try:
-        lines = _STATUS.read_text().splitlines()
+        counts = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        return int(counts["read_bytes"]), int(counts["write_bytes"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that new tensors on this device may take: the GPU's free ones, or RAM within the container's limit."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free = _field("MemAvailable", _MEMINFO)
+    try:
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        limit -= used - int(kinds["active_file"]) - int(kinds["inactive_file"])  # cached files make room
+    except (OSError, ValueError, KeyError):  # no such limit
+        return free
+    return max(0, limit if free is None else min(free, limit))
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: 1536 is "1.5 kB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def _field(name: str, path: Path = _STATUS) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)

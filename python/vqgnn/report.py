@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import Config
 from .files import atomic_write
+from .memory import size
 from .runs import Run
 
 _METHODS = {"vq": ("pq:d=4,k=256", True), "lmc": ("fp32", True), "gas": ("fp32", False)}
@@ -66,6 +67,11 @@ def table(summary: dict[str, Any]) -> str:
         above = {key: size(summary[f"memory_{key}"]) for key in ("setup", "training", "evaluation")}
         parts = ", ".join(f"{key} {value}" for key, value in above.items())
         rows.append(("peak memory", f"{size(summary['memory_peak'])}; above the data: {parts}"))
+    if "seconds_by_phase" in summary:
+        rows.append(("time by phase", ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds_by_phase"].items())))
+    if summary.get("disk_traffic"):
+        read, written = summary["disk_traffic"]
+        rows.append(("disk, this process", f"read {size(read)}, written {size(written)}"))
     if summary["store_bytes"]:
         share = summary["store_bytes_fp32"] / summary["store_bytes"]
         dense = size(summary["store_bytes_fp32"])
@@ -77,23 +83,31 @@ def graph_statistics(dataset, config: Config) -> str:
     """A graph's statistics and the memory each method would need, before anything is trained."""
     import torch
 
+    from .disk_graph import MappedData
+
     data, n = dataset.data, dataset.data.num_nodes
-    source, target = data.edge_index
-    degree = torch.bincount(target, minlength=n)
+    degree, out_degree = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    known = same = 0
+    for source, target in data.edge_chunks() if isinstance(data, MappedData) else [data.edge_index]:
+        degree += torch.bincount(target, minlength=n)
+        out_degree += torch.bincount(source, minlength=n)
+        if not dataset.multilabel:
+            first, second = data.y[source], data.y[target]
+            known += int(((first >= 0) & (second >= 0)).sum())
+            same += int(((first == second) & (first >= 0)).sum())
     counts = [int(data[f"{split}_mask"].sum()) for split in ("train", "val", "test")]
     rows = [
         ("nodes", f"{n:,}"),
         ("edges (both directions)" if not config.directed else "edges (directed)", f"{data.num_edges:,}"),
         ("degree", f"mean {data.num_edges / n:.1f}, median {int(degree.median())}, max {int(degree.max()):,}"),
-        ("isolated nodes", f"{int(((degree == 0) & (torch.bincount(source, minlength=n) == 0)).sum()):,}"),
+        ("isolated nodes", f"{int(((degree == 0) & (out_degree == 0)).sum()):,}"),
         ("features", f"{data.num_features:,} ({size(data.x.nbytes)} as fp32)"),
         ("classes", f"{dataset.num_classes}{', several a node' if dataset.multilabel else ''}"),
         ("train / val / test nodes", " / ".join(f"{c:,}" for c in counts)),
     ]
     if not dataset.multilabel:
-        known = (data.y[source] >= 0) & (data.y[target] >= 0)
-        same = (data.y[source] == data.y[target])[known]
-        rows.append(("homophily", f"{float(same.float().mean()):.3f} of the edges join equal labels"))
+        share = same / known if known else float("nan")
+        rows.append(("homophily", f"{share:.3f} of the edges join equal labels"))
     return aligned(rows) + "\n\n" + aligned(_memory_estimate(dataset, config))
 
 
@@ -105,19 +119,24 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     """
     import torch
 
+    from .places import choose
     from .store import NodeStore
+    from .train import pick_device
 
+    device = pick_device("auto")
     n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - 1, 6
     nodes = config.batch_size or -(-n // 10)
     activations = 4 * config.hidden * tensors * config.layers
-    rows = [(f"memory, {config.layers} layers of {config.hidden}", "node state", "activations of a batch", "a batch")]
+    title = f"memory, {config.layers} layers of {config.hidden}"
+    rows = [(title, "node state", "activations of a batch", "a batch", "--place auto")]
     for method, (codec, grad) in _METHODS.items():
         for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
             with torch.device("meta"):  # the very store that training makes, without its memory
                 state = NodeStore(n, config.hidden, text, grad).nbytes * hidden_layers
-            rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes"))
-    rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes"))
-    rows.append(("  full", "0", size(n * activations), f"{n:,} nodes"))
+            place = "{}: {}".format(*choose(state, device))
+            rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes", place))
+    rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes", ""))
+    rows.append(("  full", "0", size(n * activations), f"{n:,} nodes", ""))
     return rows
 
 
@@ -126,13 +145,3 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them: 1536 is "1.5 kB"."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

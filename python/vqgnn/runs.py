@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -12,6 +12,24 @@ from .config import Config, InputError
 from .files import atomic_write
 
 _CHECKPOINT_VERSION = 2
+_STATE = "state"  # folder of node states that lie on disk
+
+
+class _ErrorKept:
+    """A file to write that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class Run:
@@ -26,7 +44,8 @@ class Run:
     @staticmethod
     def check_free(path: Path) -> None:
         """Never write into another run, or over anything else."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        empty = path.is_dir() and all(p.name == _STATE and p.is_dir() and not any(p.iterdir()) for p in path.iterdir())
+        if path.exists() and not empty:
             raise InputError(f"--out {str(path)!r} exists already; go on with --resume or choose another folder")
 
     @classmethod
@@ -51,6 +70,21 @@ class Run:
     def checkpoint_path(self) -> Path:
         return self.path / "checkpoint.pt"
 
+    @staticmethod
+    def state_folder(path: str | Path) -> Path:
+        """Where the run at `path` keeps node states that lie on disk: snapshots, and scratch files without a name."""
+        return Path(path) / _STATE
+
+    def tables_path(self, store: str, generation: int) -> Path:
+        """The snapshot of a store's tables that the checkpoint of this generation names."""
+        return self.state_folder(self.path) / f"{store}.{generation}.tables"
+
+    def keep_tables(self, generation: int | None) -> None:
+        """Drop the snapshots of other generations, and what a killed process left half written."""
+        for path in [*self.path.glob(f"{_STATE}/*"), *self.path.glob(f".{self.checkpoint_path.name}.*")]:
+            if generation is None or not path.match(f"[!.]*.{generation}.tables"):
+                path.unlink(missing_ok=True)
+
     def metrics(self) -> list[dict[str, Any]]:
         """One object an epoch; a last line that was cut off is left out."""
         path = self.path / "metrics.jsonl"
@@ -74,7 +108,11 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         with atomic_write(self.checkpoint_path) as handle:
-            torch.save({"version": _CHECKPOINT_VERSION, **state}, handle)
+            file = _ErrorKept(handle)
+            try:
+                torch.save({"version": _CHECKPOINT_VERSION, **state}, file)
+            except RuntimeError as error:  # torch's own, which does not tell of a full disk
+                raise file.error or error from None
 
     def load_checkpoint(self, fingerprint: dict[str, int | str]) -> dict[str, Any]:
         """The state saved last, for the graph with this fingerprint only."""

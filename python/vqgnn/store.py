@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,9 @@ from torch import Tensor, nn
 import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
+from . import tables
 from .codebook import Codebook
+from .places import PLACES
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
@@ -66,15 +72,17 @@ class Codec:
     def __str__(self) -> str:
         return f"pq:d={self.branch_dim},k={self.num_codes}" if self.name == "pq" else self.name
 
-    def table(self, num_nodes: int, dim: int) -> tuple[Tensor, Tensor | None]:
-        """Zeroed `(data, scale)` of a table of rows (or codes) of all nodes."""
+    def table(
+        self, num_nodes: int, dim: int, zeros: Callable[..., Tensor] = torch.zeros
+    ) -> tuple[Tensor, Tensor | None]:
+        """Zeroed `(data, scale)` of a table of rows (or codes) of all nodes, made by `zeros(*shape, dtype=)`."""
         if self.name == "pq":
             kind = torch.uint8 if self.num_codes <= 256 else torch.int16
-            return torch.zeros(num_nodes, -(-dim // self.branch_dim), dtype=kind), None
+            return zeros(num_nodes, -(-dim // self.branch_dim), dtype=kind), None
         if self.name in ("fp32", "fp16"):
-            return torch.zeros(num_nodes, dim, dtype=torch.float32 if self.name == "fp32" else torch.float16), None
+            return zeros(num_nodes, dim, dtype=torch.float32 if self.name == "fp32" else torch.float16), None
         width = dim if self.name == "int8" else (dim + 1) // 2
-        return torch.zeros(num_nodes, width, dtype=torch.uint8), torch.zeros(num_nodes, 2, dtype=torch.bfloat16)
+        return zeros(num_nodes, width, dtype=torch.uint8), zeros(num_nodes, 2, dtype=torch.bfloat16)
 
 
 class NodeStore(nn.Module):
@@ -90,6 +98,8 @@ class NodeStore(nn.Module):
         seed: of the codebook.
         heads: with grad, of an attention whose softmax over each node's neighbours is kept too, in 8 bytes a head:
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
+        place: where the tables lie: "device" (the model's), or "disk", memory-mapped scratch files on the CPU's side.
+        folder: of the scratch files; they have no names and end with the store. Needed for place="disk".
         options: further arguments of `Codebook`.
     """
 
@@ -101,11 +111,17 @@ class NodeStore(nn.Module):
         grad: bool = True,
         seed: int = 0,
         heads: int = 0,
+        place: str = "device",
+        folder: str | Path | None = None,
         **options,
     ):
         super().__init__()
+        if place not in PLACES or (place == "disk" and folder is None):
+            raise ValueError(f"place={place!r}, folder={folder!r}: use one of {', '.join(PLACES)}; disk needs a folder")
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
-        data, scale = self.codec.table(num_nodes, dim)
+        self.place = place
+        zeros = partial(tables.zeros, folder) if place == "disk" else torch.zeros
+        data, scale = self.codec.table(num_nodes, dim, zeros)
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
         self.codebook = None
@@ -114,15 +130,16 @@ class NodeStore(nn.Module):
         elif options:
             raise ValueError(f"codebook options {sorted(options)} were given, but codec={self.codec} has no codebook")
         rows_of_gradients = grad and self.codebook is None
-        grad_data, grad_scale = self.codec.table(num_nodes, dim) if rows_of_gradients else (None, None)
+        grad_data, grad_scale = self.codec.table(num_nodes, dim, zeros) if rows_of_gradients else (None, None)
         self.register_buffer("grad_data", grad_data)
         self.register_buffer("grad_scale", grad_scale)
         softmax = None
         if grad and heads:
-            softmax = torch.zeros(num_nodes, 2, heads)
+            softmax = zeros(num_nodes, 2, heads)
             softmax[:, 0] = torch.inf  # of a node never pushed: exp(score - inf) = 0, so it sends no gradient
         self.register_buffer("softmax", softmax)
-        self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
+        written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
+        self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register()
 
@@ -137,6 +154,8 @@ class NodeStore(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but keep the dtypes: `model.half()` must not change the codec."""
         device = fn(torch.empty(0, device=self.data.device)).device
+        if self.place == "disk" and device.type != "cpu":
+            raise ValueError(f"node state on disk cannot move to {device}; convert the model there with place='device'")
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def extra_repr(self) -> str:
@@ -190,6 +209,25 @@ class NodeStore(nn.Module):
     def age(self) -> Tensor:
         """[n] steps since each node's state was written; the number of all steps for one never written."""
         return torch.where(self.written == _NEVER, self.step, self.step - self.written)
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The buffers with a row a node: what lies on disk for place="disk"."""
+        return {name: t for name, t in self.named_buffers(recurse=False) if t.dim() and t.size(0) == self.num_nodes}
+
+    def save_tables(self, path: str | Path, **about: Any) -> None:
+        """Write the tables to a snapshot, whole or not at all; `about` (generation, graph, ...) is asked for by `load`.
+
+        The rest of the store is small: its state_dict without the keys of `tables`.
+        """
+        tables.save(path, self.tables, {**self._about(), **about})
+
+    def load_tables(self, path: str | Path, **about: Any) -> None:
+        """Fill the tables from a snapshot; a ValueError says in a line why it is not this store's, or not whole."""
+        tables.load(path, self.tables, {**self._about(), **about})
+
+    def _about(self) -> dict[str, Any]:
+        return {"codec": str(self.codec), "nodes": self.num_nodes, "dim": self.dim, "grad": self.grad}
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ from . import memory
 from .config import Config, InputError
 from .conversion import convert, stores
 from .datasets import Dataset
+from .disk_graph import MappedData
 from .inference import layerwise
 from .loader import BatchLoader
+from .partitioning import cache_folder
 from .runs import Run
+from .store import NodeStore
 
 SPLITS = ("train", "val", "test")
+_ROWS = 65_536  # of features or logits at a time
 _IGNORED = -100  # label of nodes that take no part in the loss
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
@@ -97,13 +102,23 @@ class Trainer:
     inference the last iterate jumps wildly.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, fill: bool = True):
-        """`fill=False` leaves the stores empty: their state is about to be loaded."""
+    def __init__(self, config: Config, dataset: Dataset, fill: bool = True, folder: Path | None = None):
+        """`fill=False` leaves the stores empty: their state is about to be loaded.
+
+        `folder` takes scratch files, where state lies on disk; default: in the user's cache folder.
+        """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        self.memory_loading = memory.peak()
         memory.reset_peak()
         self.base_memory = memory.resident()  # what the data and the libraries take
         self.device = pick_device(config.device)
+        start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
+        self.phases: dict[str, float] = {}  # seconds, for a graph on disk
+        if mapped and self.device.type != "cpu":
+            if config.device != "auto":
+                raise InputError(f"dataset {dataset.name!r} is on disk and is trained on the CPU; give --device cpu")
+            self.device = torch.device("cpu")
         self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.num_features, dataset.num_classes).to(self.device)
@@ -113,16 +128,32 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
+                options |= {"place": config.place, "folder": folder}
                 convert(self.model, self.data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.stores = stores(self.model)
+        on_disk = mapped or any(store.place == "disk" for store in self.stores.values())
+        # Rows that an evaluation keeps: in files, and of half the size, where the graph itself does not fit.
+        self.kept = {"folder": folder or cache_folder() / "state"} if on_disk else {}
+        self.kept |= {"dtype": torch.float16} if mapped else {}
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        if mapped:
+            self._note_setup(time.perf_counter() - start)
         self.num_train = int(self.data.train_mask.sum())
         self.epoch = 0  # epochs done
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
         self._warned: set[tuple[str, str]] = set()
         self.memory_setup = self._peak_since_last()
+
+    def _note_setup(self, seconds: float) -> None:
+        """What a user of a large graph waits for, by phase; what is derived from the graph is kept in its folder."""
+        folder = self.data.folder
+        product = sum(value for name, value in folder.seconds.items() if name.endswith(".product"))
+        matrix = sum(folder.seconds.values()) - product
+        self.phases = {"generating": sum(folder.meta["seconds"].values()), "matrix": matrix, "C X": product}
+        self.phases["filling the store"] = seconds - matrix - product
+        folder.release()
 
     def _loader(self) -> BatchLoader:
         config, n = self.config, self.data.num_nodes
@@ -132,31 +163,59 @@ class Trainer:
         return BatchLoader(self.data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything but the tables of stores on disk, which `save` writes to files of their own."""
         return {
             "epoch": self.epoch,
             "config": asdict(self.config),
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "stores": {name: store.state_dict() for name, store in self.stores.items()},
+            "stores": {name: _without_tables(store) for name, store in self.stores.items()},
             "random_state": torch.get_rng_state(),
             "random_state_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "best": self.best,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["config"] != asdict(self.config):
+    def load_state_dict(self, state: dict[str, Any], run: Run | None = None) -> None:
+        """Go on from a checkpoint; `run` has the tables that it names, if they were on disk."""
+        if not _same_config(state["config"], self.config):
             raise InputError("the checkpoint was made with another config than the run's config.json; start a new run")
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, store in self.stores.items():
-            store.load_state_dict(state["stores"][name])
+        self._load_stores(state, run)
         torch.set_rng_state(state["random_state"])
         if state["random_state_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_state_cuda"], self.device)
         self.best = state["best"]
+
+    def _load_stores(self, state: dict[str, Any], run: Run | None) -> None:
+        """A store's tables come from the checkpoint or from the files that it names, wherever they lie now."""
+        for name, store in self.stores.items():
+            saved = state["stores"][name]
+            outside = store.tables.keys() - saved.keys()
+            store.load_state_dict(saved, strict=not outside)
+            if outside:
+                generation = state["generation"]
+                if run is None:
+                    raise InputError(f"the tables of {name} lie in the run's folder, which was not given; pass run=")
+                try:
+                    path = run.tables_path(name, generation)
+                    store.load_tables(path, store=name, generation=generation, graph=state["fingerprint"])
+                except ValueError as error:
+                    raise InputError(str(error)) from error
+
+    def save(self, run: Run, fingerprint: dict[str, int | str]) -> None:
+        """Write a checkpoint, and before it the tables on disk that it names; the last ones go when it is in place."""
+        generation = None
+        for name, store in self.stores.items():
+            if store.place == "disk":
+                generation = self.epoch
+                path = run.tables_path(name, generation)
+                store.save_tables(path, store=name, generation=generation, graph=fingerprint)
+        run.save_checkpoint({"fingerprint": fingerprint, "generation": generation, **self.state_dict()})
+        run.keep_tables(generation)
 
     def fit(self, run: Run) -> dict[str, Any]:
         """Train to the last epoch, writing metrics and a checkpoint after each; return the summary."""
@@ -172,7 +231,7 @@ class Trainer:
                 if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
                     metrics |= self.evaluate()
                 run.append_metrics(metrics)
-                run.save_checkpoint({"fingerprint": fingerprint, **self.state_dict()})
+                self.save(run, fingerprint)
                 bar.set_postfix_str(_bar_text(metrics, self.dataset.metric))
         summary = self.summary(run.metrics())
         run.write_summary(summary)
@@ -239,15 +298,15 @@ class Trainer:
         if self.config.model == "mlp":
             model = self.averaged.module.eval()
             with torch.no_grad():
-                return torch.cat([model(x) for x in self.data.x.split(65_536)])
+                return torch.cat([model(x) for x in self.data.x.split(_ROWS)])
         if inference == "exact":
-            return layerwise(self.averaged.module, self.data, progress=progress)
+            return layerwise(self.averaged.module, self.data, **self.kept, progress=progress)
         if not self.stores:
             raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
         kept = copy.deepcopy(self.model.state_dict())
         self.model.load_state_dict(self.averaged.module.state_dict())
         try:
-            return layerwise(self.model, self.data, method=inference, progress=progress)
+            return layerwise(self.model, self.data, method=inference, **self.kept, progress=progress)
         except ValueError as error:
             raise InputError(str(error)) from error
         finally:
@@ -257,21 +316,30 @@ class Trainer:
         """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1`."""
         data, metric = self.data, self.dataset.metric
         masks = {split: data[f"{split}_mask"] for split in SPLITS}
+        if not self.dataset.multilabel:  # never as many logits again as there are
+            right = torch.cat([part.argmax(1) for part in logits.split(_ROWS)]) == data.y
+            return {f"{split}_{metric}": float(right[mask].float().mean()) for split, mask in masks.items()}
         return {
-            f"{split}_{metric}": score(logits[mask], data.y[mask], self.dataset.multilabel)
-            for split, mask in masks.items()
+            f"{split}_{metric}": score(logits[mask], data.y[mask], multilabel=True) for split, mask in masks.items()
         }
 
     def evaluate(self) -> dict[str, float]:
         """Exact scores of the averaged weights; the weights are kept where validation is best."""
         start = time.perf_counter()
+        self._release()
         scores = self.scores(self.predict())
+        self._release()
         key = f"val_{self.dataset.metric}"
         if not self.best["scores"] or scores[key] > self.best["scores"][key]:
             weights = {name: value.clone() for name, value in self.averaged.module.state_dict().items()}
             self.best = {"epoch": self.epoch, "scores": scores, "weights": weights}
         seconds = round(time.perf_counter() - start, 4)
         return {**scores, "eval_seconds": seconds, "memory_evaluation": self._peak_since_last()}
+
+    def _release(self) -> None:
+        """Between phases, give back the RAM of the graph's pages: a pass over all nodes meets each of them."""
+        if isinstance(self.data, MappedData):
+            self.data.folder.release()
 
     def use_best(self) -> None:
         """Evaluate and predict with the weights of the best validation epoch."""
@@ -295,6 +363,13 @@ class Trainer:
             above = max(self.memory_setup, *peaks.values())
             summary |= {"memory_setup": self.memory_setup, **peaks}
             summary |= {"memory_above_data": above, "memory_peak": self.base_memory + above}
+        if self.phases:
+            evaluation = sorted(epoch["eval_seconds"] for epoch in metrics if "eval_seconds" in epoch)
+            middle = evaluation[len(evaluation) // 2]
+            phases = self.phases | {"an epoch": summary["seconds_an_epoch"], "evaluation": middle}
+            summary["seconds_by_phase"] = {name: round(value, 1) for name, value in phases.items()}
+            summary["memory_loading"] = self.memory_loading
+            summary["disk_traffic"] = memory.disk_traffic()
         return summary
 
     def _peak_since_last(self) -> int | None:
@@ -323,6 +398,17 @@ class Trainer:
                 self._warned.add((name, kind))
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
         return [text for _, _, text in found]
+
+
+def _without_tables(store: NodeStore) -> dict[str, Any]:
+    """A store's state; without its tables where they lie on disk."""
+    left_out = store.tables if store.place == "disk" else ()
+    return {key: value for key, value in store.state_dict().items() if key not in left_out}
+
+
+def _same_config(saved: dict[str, Any], config: Config) -> bool:
+    """Whether a checkpoint's config is the run's; options that are newer than the checkpoint had their default."""
+    return {**{f.name: f.default for f in fields(Config)}, **saved} == asdict(config)
 
 
 def _store_health(stats: dict[str, dict[str, float]]) -> dict[str, Any]:
