@@ -14,6 +14,7 @@
 #include "cpu/attention_aggregate.h"
 #include "cpu/dispatch.h"
 #include "cpu/table.h"
+#include "transfer/bindings.h"
 
 namespace py = pybind11;
 
@@ -401,4 +402,7 @@ PYBIND11_MODULE(_C, m) {
   // global_attention
   m.def("global_attention", &global_attention);
   m.def("global_attention_backward", &global_attention_backward);
+
+  // the asynchronous engine
+  vqgnn::transfer::bind(m);
 }

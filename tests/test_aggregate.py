@@ -40,7 +40,7 @@ def random_rows(codec, num_rows, f, *, d=4, num_codes=16):
     width = (f + 1) // 2 if codec == "int4" else f
     scale = torch.zeros(num_rows, 2, dtype=torch.bfloat16) if codec in ("int8", "int4") else None
     rows = Rows(codec, torch.zeros(num_rows, width, dtype=dtype), scale)
-    push_rows(rows, torch.arange(num_rows), torch.randn(num_rows, f))
+    store.push_rows(rows, torch.arange(num_rows), torch.randn(num_rows, f))
     return rows
 
 

@@ -7,7 +7,7 @@ import torch
 from test_aggregate import random_csr, random_rows
 
 from vqgnn_kernels import CSR, Rows, _backend
-from vqgnn_kernels.attention_aggregate import _flat, attention_aggregate, code_scores
+from vqgnn_kernels.attention_aggregate import _flat, attention_aggregate, code_scores, row_scores
 from vqgnn_kernels.attention_aggregate import reference as truth
 from vqgnn_kernels.store_io.reference import pull_rows
 
@@ -251,7 +251,7 @@ def test_opcheck(mode, codec):
     torch.library.opcheck(
         torch.ops.vqgnn.attention_aggregate,
         (leaves[0], *_flat(a["csr"], a["rows"]), *_flat(a["csr_t"], a["grad_rows"]), a["halo_stats"], *leaves[1:],
-         mode, a["heads"], True, 0.2, 1.0, 0.2, 3),
+         mode, a["heads"], True, 0.2, 1.0, 0.2, torch.tensor(3)),
     )  # fmt: skip
 
 
@@ -352,6 +352,17 @@ def test_code_scores_are_those_of_the_decoded_rows(codec):
     torch.testing.assert_close(truth.code_scores(rows, n_id, table), want, atol=1e-5, rtol=1e-5)
     assert code_scores(rows, n_id[:0], table).shape == (0, 3)
     torch.library.opcheck(torch.ops.vqgnn.code_scores, (rows.data, n_id, table))
+
+
+@pytest.mark.parametrize("codec", CODECS[1:])
+def test_row_scores_are_those_of_the_decoded_rows(codec, monkeypatch):
+    monkeypatch.setattr(sys.modules[attention_aggregate.__module__], "_CHUNK", 16)
+    rows, weight, n_id = random_rows(codec, 50, 22), torch.randn(22, 3), torch.randint(50, (70,))
+    torch.testing.assert_close(row_scores(rows, n_id, weight), pull_rows(rows, n_id, 22) @ weight, atol=1e-5, rtol=1e-5)
+    assert row_scores(rows, n_id[:0], weight).shape == (0, 3)
+    torch.library.opcheck(torch.ops.vqgnn.row_scores, (*rows, n_id, weight))
+    with pytest.raises(ValueError, match="weight has dtype"):
+        row_scores(rows, n_id, weight.double())
 
 
 def test_code_scores_errors():

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
-from torch_geometric.nn.models import GCN, GIN, GraphSAGE
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
 from vqgnn.nn import StoreConv
 
-MODELS = [GCN, GraphSAGE, GIN]
+MODELS = [GCN, GraphSAGE, GIN, GAT]
 METHODS = ["vq", "gas", "lmc", "drop", "full"]
 
 
@@ -54,6 +54,9 @@ def test_stores_are_there_where_state_is_needed(data):
     model = vqgnn.convert(GCN(6, 8, 2, 3), data, codec="pq:d=2,k=7", decay=0.5, grad=False)
     (store,) = vqgnn.stores(model).values()
     assert str(store.codec) == "pq:d=2,k=7" and store.codebook.decay == 0.5 and not store.grad
+    for grad in (None, True):  # attention keeps gradients on request alone
+        (store,) = vqgnn.stores(vqgnn.convert(GAT(6, 8, 2, 3), data, grad=grad)).values()
+        assert store.grad == bool(grad) and (store.softmax is not None) == bool(grad)
 
 
 def test_filled_stores_hold_the_exact_states(data):
@@ -124,8 +127,11 @@ class Unreached(nn.Module):
     ("build", "options", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(6, 3)), {}, "has no PyG convs"),
-        (lambda: pyg.GAT(6, 8, 2, 3), {}, "GATConv; supported are GCNConv, SAGEConv, GINConv"),
-        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATConv(6, 3)]), {}, "GATConv; supported"),
+        (lambda: GAT(6, 8, 2, 3, v2=True), {}, "GATv2Conv; supported are GCNConv, SAGEConv, GINConv, GATConv"),
+        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATv2Conv(6, 3)]), {}, "GATv2Conv; supported"),
+        (lambda: pyg.GATConv(6, 3, edge_dim=2), {}, r"GATConv\(edge_dim=2\).*use edge_dim=None"),
+        (lambda: pyg.GATConv((6, 6), 3), {}, r"GATConv\(in_channels=\(6, 6\)\).*use one number"),
+        (lambda: GAT(6, 8, 2, 3), {"input": "precompute"}, "needs a fixed C, GATConv has none; use input='auto'"),
         (lambda: pyg.SAGEConv(6, 3, aggr="max"), {}, r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),
         (lambda: pyg.GCNConv(6, 3, aggr="max"), {}, r"GCNConv\(aggr='max'\).*use aggr='sum'"),
         (lambda: pyg.GINConv(nn.Linear(6, 3), aggr="mean"), {}, r"GINConv\(aggr='mean'\).*use aggr='sum'"),
@@ -153,12 +159,18 @@ def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data)
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("vq", {"codec": "pq:d=4,k=8"}), ("vq", {"codec": "pq:d=4,k=8", "grad": False}), ("gas", {}), ("lmc", {})],
+    [
+        ("vq", {"codec": "pq:d=4,k=8", "grad": True}),
+        ("vq", {"codec": "pq:d=4,k=8", "grad": False}),
+        ("gas", {}),
+        ("lmc", {"grad": True}),
+    ],
     ids=["vq", "vq-no-grad", "gas", "lmc"],
 )
-def test_compiled_training_steps_are_the_eager_ones(method, options, data):
+@pytest.mark.parametrize("build", [GCN, GAT])
+def test_compiled_training_steps_are_the_eager_ones(build, method, options, data):
     torch._dynamo.reset()
-    eager = vqgnn.convert(GCN(6, 8, 2, 3), data, method=method, **options)
+    eager = vqgnn.convert(build(6, 8, 2, 3), data, method=method, **options)
     compiled = copy.deepcopy(eager)
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     (store,), (compiled_store,) = vqgnn.stores(eager).values(), vqgnn.stores(compiled).values()
@@ -176,10 +188,10 @@ def test_compiled_training_steps_are_the_eager_ones(method, options, data):
         torch.testing.assert_close(compiled_store.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     torch._dynamo.reset()
-    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method="vq", codec="pq:d=4,k=8")
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm", dropout=0.3), data, codec="pq:d=4,k=8", grad=True)
     compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
     graphs = []
     for batch_size in (13, 11, 9, 8, 7, 6, 5):
@@ -189,7 +201,7 @@ def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"
 
 
-@pytest.mark.parametrize("build", [GCN, GraphSAGE])
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 @pytest.mark.parametrize("method", ["vq", "lmc"])
 def test_autocast_keeps_the_state_in_fp32(build, method, data):
     codec = "pq:d=4,k=8" if method == "vq" else "fp32"
@@ -204,6 +216,7 @@ def test_autocast_keeps_the_state_in_fp32(build, method, data):
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
     ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, exact))
     assert ours.dtype == torch.float32
-    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    # PyG's own GAT moves by up to 5 % here: a softmax magnifies the rounding of its scores
+    assert (ours - theirs).norm() < (0.15 if build is GAT else 0.1) * theirs.norm()
     for store in vqgnn.stores(model).values():
         assert all(b.dtype == torch.float32 for b in store.buffers() if b.is_floating_point())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import awkward_graph
-from torch_geometric.nn.models import GCN, GIN, GraphSAGE
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
 import vqgnn_kernels as kernels
@@ -30,7 +30,7 @@ def graph():
 
 def converted(build, method, codec, data):
     model = build(8, 16, 3, 3, norm="batch_norm", dropout=0.3).to(data.x.device)
-    vqgnn.convert(model, data, method=method, codec=codec)
+    vqgnn.convert(model, data, method=method, codec=codec, grad=method in ("vq", "lmc"))
     return model, torch.optim.Adam(model.parameters())
 
 
@@ -52,14 +52,14 @@ def to_meta(value):
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, dict):
         return {key: to_meta(item) for key, item in value.items()}
-    if type(value).__name__ in ("Batch", "BatchGraph"):
+    if type(value).__name__ in ("Batch", "BatchGraph", "Graph"):
         moved = copy.copy(value)
         moved.__dict__.update(to_meta(value.__dict__))
         return moved
     return value
 
 
-@pytest.mark.parametrize("build", [GCN, GraphSAGE, GIN])
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GIN, GAT])
 @pytest.mark.parametrize(("method", "codec"), METHODS, ids=METHOD_IDS)
 def test_a_training_step_keeps_to_its_device_and_asks_it_for_nothing(build, method, codec):
     data = graph()
@@ -96,11 +96,12 @@ def test_the_meta_device_sees_it(ask):
 
 
 @pytest.mark.parametrize(("method", "codec"), METHODS, ids=METHOD_IDS)
-def test_a_training_step_does_not_synchronise_cuda(method, codec, device):
+@pytest.mark.parametrize("build", [GCN, GAT])
+def test_a_training_step_does_not_synchronise_cuda(build, method, codec, device):
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
     data = graph().to(device)
-    model, optimizer = converted(GCN, method, codec, data)
+    model, optimizer = converted(build, method, codec, data)
     batches = list(BatchLoader(data, batch_size=20, prefetch=0))
     for batch in batches:  # compiles the kernels
         step(model, optimizer, batch)

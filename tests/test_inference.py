@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from graphs import awkward_graph
 from torch import nn
-from torch_geometric.nn.models import GCN, GIN, GraphSAGE
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
 from vqgnn import inference
 from vqgnn.inference import layerwise
 
-MODELS = [GCN, GraphSAGE, GIN]
+MODELS = [GCN, GraphSAGE, GIN, GAT]
 
 
 @pytest.fixture
@@ -67,11 +67,20 @@ def test_exact_is_the_full_forward(build, method, batch_size, data):
 
 
 @pytest.mark.parametrize("option", ["auto", "rows", "codes"])
-@pytest.mark.parametrize("build", [Encoded, InputDropout, lambda: GraphSAGE(6, 8, 2, 3, project=True)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        Encoded,
+        InputDropout,
+        *(lambda n=n: GraphSAGE(6, 8, n, 3, project=True) for n in (1, 2)),
+        lambda: GAT(6, 8, 1, 3),
+    ],
+)
 def test_exact_for_every_kind_of_input(build, option, data):
     model = build().train()
     expected = exact(model, data)
     vqgnn.convert(model, data, input=option)
+    assert all(int(store.step) > 0 for store in vqgnn.stores(model).values()), "a store was not filled"
     torch.testing.assert_close(layerwise(model, data, 9), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -14,7 +14,8 @@ import vqgnn
 from vqgnn.graph import Graph
 from vqgnn_kernels import CSR, aggregate
 
-MODELS = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}
+FIXED = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}  # convolutions
+MODELS = {**FIXED, "gat": models.GAT}
 METHODS = ("vq", "gas", "lmc", "drop", "full")
 LAYERS, HIDDEN, CLASSES = 3, 10, 4
 
@@ -31,6 +32,8 @@ def data(request):
 
 def build(name, data, **options):
     options = {"norm": None, "dropout": 0.0, **options}
+    if name == "gat":
+        options["heads"] = 2
     return MODELS[name](data.num_features, HIDDEN, LAYERS, CLASSES, **options)
 
 
@@ -85,7 +88,7 @@ def test_3_batch_gradients_add_up_to_the_full_gradient(name, data):
     loader = vqgnn.BatchLoader(data, batch_size=11, seed=1)
 
     def epoch_gradient(method):
-        vqgnn.convert(model, data, method=method, codec="fp32")
+        vqgnn.convert(model, data, method=method, codec="fp32", grad=method == "lmc")
         for _ in range(2 * LAYERS):  # states settle upwards, then gradients downwards
             model.zero_grad()
             for batch in loader:
@@ -98,8 +101,9 @@ def test_3_batch_gradients_add_up_to_the_full_gradient(name, data):
     assert wrong > 1e-1, "without gradient rows the sum must be biased"
 
 
-def test_4_vq_is_exact_with_a_code_for_every_row(data):
-    model = build("gcn", data)
+@pytest.mark.parametrize("name", MODELS)
+def test_4_vq_is_exact_with_a_code_for_every_row(name, data):
+    model = build(name, data)
     expected = model(data.x, data.edge_index)
     vqgnn.convert(model, data, method="vq", codec=f"pq:d=4,k={data.num_nodes}")
     model.eval()
@@ -109,7 +113,7 @@ def test_4_vq_is_exact_with_a_code_for_every_row(data):
 
 
 @pytest.mark.parametrize("branch_dim,num_codes", [(2, 16), (4, 8), (4, 1)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FIXED)
 def test_5_theorem_2_and_corollary_3(name, branch_dim, num_codes, data):
     """Errors of messages and of back-propagated gradients stay below eps |C|_F |X|_F and eps |C|_F |G|_F (W = I)."""
     n, b = data.num_nodes, 20
@@ -168,13 +172,16 @@ def train(model, optimizer, data, epochs):
     return losses
 
 
+@pytest.mark.parametrize("name", ["gcn", "gat"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
-def test_7_resumed_training_goes_on_bit_for_bit(method, data, tmp_path):
+def test_7_resumed_training_goes_on_bit_for_bit(name, method, data, tmp_path):
     codec = "pq:d=4,k=8" if method == "vq" else "int8"
 
     def fresh():
         torch.manual_seed(5)
-        model = vqgnn.convert(build("gcn", data, norm="batch_norm", dropout=0.3), data, method=method, codec=codec)
+        model = vqgnn.convert(
+            build(name, data, norm="batch_norm", dropout=0.3), data, method, codec, grad=method != "gas"
+        )
         return model, torch.optim.Adam(model.parameters(), 1e-2)
 
     model, optimizer = fresh()
@@ -193,9 +200,10 @@ def test_7_resumed_training_goes_on_bit_for_bit(method, data, tmp_path):
     assert fingerprint(resumed) == fingerprint(model)
 
 
+@pytest.mark.parametrize("name", ["gcn", "gat"])
 @pytest.mark.parametrize("inference", ["exact", "vq", "stale"])
-def test_8_evaluation_leaves_the_training_state_alone(inference, data):
-    model = vqgnn.convert(build("gcn", data, norm="batch_norm", dropout=0.5), data, codec="pq:d=4,k=8")
+def test_8_evaluation_leaves_the_training_state_alone(name, inference, data):
+    model = vqgnn.convert(build(name, data, norm="batch_norm", dropout=0.5), data, codec="pq:d=4,k=8")
     train(model, torch.optim.Adam(model.parameters(), 1e-2), data, [0])
     before, modes = fingerprint(model), [m.training for m in model.modules()]
     vqgnn.inference.layerwise(model, data, batch_size=17, method=inference)

@@ -136,7 +136,7 @@ def test_one_batch_is_the_graph_itself(load, data):
 def test_prefetching_changes_nothing(load, data, sampler):
     convolution = Convolution("gcn")
     graph = Graph.of(data)
-    graph.wanted[convolution, False] = graph.wanted[Convolution("mean"), True] = None
+    graph.wanted[convolution, "csr"] = graph.wanted[Convolution("mean"), "input_messages"] = None
     dense = dense_convolution(data, "gcn")
     runs = [load(batch_size=11, sampler=sampler, prefetch=prefetch) for prefetch in (0, 1, 2, 50)]
     for batches in zip(*runs, strict=True):

@@ -33,6 +33,12 @@ CONVS = {
     "gin": lambda m: m.GINConv(mlp()),
     "gin-eps": lambda m: m.GINConv(mlp(), eps=0.3),
     "gin-train-eps": lambda m: m.GINConv(mlp(), train_eps=True),
+    "gat": lambda m: m.GATConv(F_IN, F_OUT),
+    "gat-heads": lambda m: m.GATConv(F_IN, F_OUT, heads=3),
+    "gat-mean": lambda m: m.GATConv(F_IN, F_OUT, heads=3, concat=False, negative_slope=0.5),
+    "gat-no-loops": lambda m: m.GATConv(F_IN, F_OUT, heads=2, add_self_loops=False),
+    "gat-residual": lambda m: m.GATConv(F_IN, F_OUT, heads=2, residual=True),
+    "gat-no-bias": lambda m: m.GATConv(F_IN, F_OUT, heads=2, bias=False),
 }
 every_conv = pytest.mark.parametrize("name", CONVS)
 every_graph = pytest.mark.parametrize(

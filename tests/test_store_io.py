@@ -22,12 +22,12 @@ def empty_table(codec, num_rows, f):
 
 
 def same(a, b):
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return torch.equal(a.cpu().contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def awkward_values(f):
+def awkward_values(k, f):
     """Rows of several magnitudes, constant, negative, subnormal, with signed zeros, and one that a half overflows."""
-    x = torch.randn(400, f) * 10.0 ** torch.randint(-6, 5, (400, 1))
+    x = torch.randn(k, f) * 10.0 ** torch.randint(-6, 5, (k, 1))
     x[0], x[1], x[2], x[3] = 0.0, 1.0, -0.3, -0.0
     x[4] = torch.randn(f) * 1e-40
     x[5] = torch.arange(f) / 2
@@ -35,13 +35,15 @@ def awkward_values(f):
     x[7, ::2] = 0.0
     x[7, 1::2] = -0.0
     x[8] = 65_519.0
+    x[9] = torch.linspace(0, 255, f) if f > 1 else 3.0
+    x[10] = torch.arange(f) % 256 + 0.5 * (torch.arange(f) % 3 == 0)  # ties, where the scale comes out as 1
     return x
 
 
 @pytest.mark.parametrize("f", [1, 5, 128, 130, 300, 301])
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "int4"])
 def test_matches_reference_to_the_bit(codec, f):
-    x, n_id = awkward_values(f), torch.randperm(500)[:400]
+    x, n_id = awkward_values(400, f), torch.randperm(500)[:400]
     ours, want = empty_table(codec, 500, f), empty_table(codec, 500, f)
     push_rows(ours, n_id, x)
     truth.push_rows(want, n_id, x)
@@ -109,7 +111,7 @@ def test_nan_does_not_crash(codec):
 @needs_cpp
 def test_baseline_instructions_agree(tmp_path):
     """VQGNN_ISA is read once a process, so the baseline kernels run in another one."""
-    x, tables = awkward_values(43), {}
+    x, tables = awkward_values(400, 43), {}
     for codec in ("fp16", "int8", "int4"):
         tables[codec] = empty_table(codec, 400, 43)
         push_rows(tables[codec], torch.arange(400), x)

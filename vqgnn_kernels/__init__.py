@@ -1,9 +1,9 @@
 """Stateless ops on tensors for vector-quantised mini-batch GNN training."""
 
-from ._backend import backends, set_num_threads
+from ._backend import backends, set_num_threads, transfer_engine
 from ._library import register
 from .aggregate import CSR, Rows, aggregate
-from .attention_aggregate import attention_aggregate, code_scores
+from .attention_aggregate import attention_aggregate, code_scores, row_scores
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
 from .global_attention import global_attention
@@ -25,7 +25,9 @@ __all__ = [
     "pull_rows",
     "push_rows",
     "register",
+    "row_scores",
     "set_num_threads",
+    "transfer_engine",
     "vq_assign",
     "vq_assign_stats",
 ]

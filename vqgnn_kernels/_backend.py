@@ -48,6 +48,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # Triton's own rule
 
 
+def transfer_engine(**options: int):
+    """The native engine that moves rows beside the computation: csrc/transfer/engine.h; for vqgnn/transfer.py."""
+    if _C is None:
+        raise RuntimeError(f"the transfer engine needs the native extension, which is not there ({_C_ERROR})")
+    return _C.TransferEngine(**options)
+
+
 def choose(*tensors: torch.Tensor | None) -> str:
     """Name of the back-end that serves these tensors."""
     cuda = any(t is not None and t.is_cuda for t in tensors)

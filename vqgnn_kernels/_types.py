@@ -1,4 +1,4 @@
-"""The two bundles of tensors that the graph ops share: a sparse matrix and a table of node state."""
+"""The two bundles of tensors that the graph ops share: a sparse matrix and a table of node state; checks."""
 
 from typing import NamedTuple
 
@@ -49,6 +49,39 @@ class Rows(NamedTuple):
     codebook: Tensor | None = None
 
 
+def check_csr(name: str, csr: CSR) -> int:
+    """Number of rows; raise ValueError unless the dtypes and shapes are those of a CSR."""
+    check_tensor(f"{name}.rowptr", csr.rowptr, (torch.int64,), (None,))
+    check_tensor(f"{name}.col", csr.col, (torch.int32,), (None,))
+    if csr.rowptr.shape[0] < 1:
+        raise ValueError(f"{name}.rowptr is empty; r rows need r + 1 entries, the first one 0")
+    if csr.weight is not None:
+        check_tensor(f"{name}.weight", csr.weight, (torch.float32,), (csr.col.shape[0],))
+    if csr.halo is not None:
+        check_tensor(f"{name}.halo", csr.halo, (torch.int64,), (None,))
+    return csr.rowptr.shape[0] - 1
+
+
+def check_entries(csr: CSR, b: int, rows: Rows | None) -> None:
+    """Raise ValueError when an entry of rowptr, col or halo is out of range."""
+    rowptr, col, _, halo = csr
+    if rowptr[0] != 0 or rowptr[-1] != col.shape[0] or (rowptr.diff() < 0).any():
+        raise ValueError(f"rowptr must rise from 0 to the number of edges, {col.shape[0]}")
+    if not col.numel():
+        return
+    low, high = int(col.min()), int(col.max())
+    num_halo = None if rows is None else rows.data.shape[0] if halo is None else halo.shape[0]
+    if low < 0 or (num_halo is not None and high >= b + num_halo):
+        raise ValueError(
+            f"col spans {low}..{high}; with {b} rows in x and {num_halo} halo entries it must lie in "
+            f"0..{b + (num_halo or 0) - 1}"
+        )
+    if rows is not None and halo is not None and halo.numel():
+        low, high = int(halo.min()), int(halo.max())
+        if low < 0 or high >= rows.data.shape[0]:
+            raise ValueError(f"halo spans {low}..{high}; the table has rows 0..{rows.data.shape[0] - 1}")
+
+
 def check_rows(name: str, rows: Rows, num_columns: int, *, codebook: bool = True) -> None:
     """Raise ValueError unless `rows` can hold rows of num_columns values; `codebook=False`: codes alone are enough."""
     codec, data, scale = rows.codec, rows.data, rows.scale
@@ -91,3 +124,8 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple, shape: tuple) -> None
     ):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [{wanted}]")
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied only where they are not contiguous; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]

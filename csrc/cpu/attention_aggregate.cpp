@@ -99,53 +99,6 @@ void add_rows(float* sums, int64_t f, const float* const* row, int64_t offset, c
   }
 }
 
-template <typename Read>
-void decode_values(const Table& table, int64_t row, int64_t width, float* out) {
-  const char* data = (const char*)table.data + row * table.row_bytes;
-  Affine affine{1.0f, 0.0f};
-  if (table.scale) affine = {bf16_to_float(table.scale[2 * row]), bf16_to_float(table.scale[2 * row + 1])};
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(out + c, Read::vector(data, c, affine));
-  for (; c < width; ++c) out[c] = Read::scalar(data, c, affine);
-}
-
-template <typename Code>
-VQGNN_INLINE const float* codeword(const Table& table, const char* data, int64_t j) {
-  const int64_t code = std::min(int64_t(load<Code>(data + j * sizeof(Code))), table.K - 1);
-  return table.codebook + (j * table.K + code) * table.d;
-}
-
-template <typename Code, int d>
-int64_t decode_whole_branches(const Table& table, const char* data, int64_t width, float* out) {
-  const int64_t whole = width / d;
-  for (int64_t j = 0; j < whole; ++j) store(out + j * d, load<Vec<float, d>>(codeword<Code>(table, data, j)));
-  return whole;
-}
-
-template <typename Code>
-void decode_codes(const Table& table, int64_t row, int64_t width, float* out) {
-  const char* data = (const char*)table.data + row * table.row_bytes;
-  const int64_t d = table.d;
-  int64_t j = 0;
-  if (d == 4) j = decode_whole_branches<Code, 4>(table, data, width, out);
-  if (d == 8) j = decode_whole_branches<Code, 8>(table, data, width, out);
-  for (; j * d < width; ++j) {
-    std::copy_n(codeword<Code>(table, data, j), std::min(d, width - j * d), out + j * d);
-  }
-}
-
-void decode_row(const Table& table, int64_t row, int64_t width, float* out) {
-  switch (table.codec) {
-    case Codec::none: return;
-    case Codec::fp32: return decode_values<ReadFloat>(table, row, width, out);
-    case Codec::fp16: return decode_values<ReadHalf>(table, row, width, out);
-    case Codec::int8: return decode_values<ReadByte>(table, row, width, out);
-    case Codec::int4: return decode_values<ReadNibble>(table, row, width, out);
-    case Codec::pq8: return decode_codes<uint8_t>(table, row, width, out);
-    case Codec::pq16: return decode_codes<uint16_t>(table, row, width, out);
-  }
-}
-
 // A thread's scratch memory. Arrays over heads and edges are [heads, kBlock].
 struct Block {
   int count;                   // edges in the block
@@ -371,7 +324,8 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
       float* keep = block.keep.data() + h * kBlock;
       for (int k = 0; k < count; ++k) {
         if (block.column[k] >= p.num_own) keep[k] = 1.0f;  // what lies outside the batch was not dropped
-        weight[k] = edge_score<score>(p, x, block.query[k], key, h) - lse[k][h];
+        // A stored destination's lse may be older than its score here: its weight stays at most 1.
+        weight[k] = std::min(edge_score<score>(p, x, block.query[k], key, h) - lse[k][h], 0.0f);
         ds[k] = dot(block.row[k] + h * f, x + offset, f);
       }
       for (int k = 0; k < count; ++k) weight[k] = exponential(weight[k]);

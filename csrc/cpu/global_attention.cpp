@@ -10,27 +10,21 @@
 #include <limits>
 
 #include "cpu/dispatch.h"
+#include "cpu/lanes.h"
 
 namespace vqgnn {
 namespace VQGNN_ISA {
 namespace {
 
-#if defined(VQGNN_ISA_avx512)
-constexpr int kLanes = 16;
-#elif defined(VQGNN_ISA_avx2)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kQueries = 32;    // queries a block: with kCodewords, 8 kB of scores stay in L1
 constexpr int kCodewords = 64;  // BLOCK of cpp.py
 constexpr int kRows = 4;        // rows of a register tile; times 2 vectors: 8 sums hide the FMA's latency
 
-typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef Floats Loose __attribute__((aligned(4), may_alias));  // in an array of floats
+using Bits = Vec<uint32_t, kLanes>;
 
-inline Floats& vector(float* p) { return *reinterpret_cast<Floats*>(p); }
-inline const Floats& vector(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline Loose& vector(float* p) { return *reinterpret_cast<Loose*>(p); }
+inline const Loose& vector(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 
 // A block of rows or columns of a matrix.
 struct Matrix {

@@ -86,27 +86,6 @@ void push_half(const float* x, int64_t f, uint16_t* row) {
   for (; c < f; ++c) row[c] = float_to_half(x[c]);
 }
 
-template <typename Read>
-void pull_values(const Table& table, int64_t row, int64_t f, float* out) {
-  const char* data = (const char*)table.data + row * table.row_bytes;
-  Affine affine{1.0f, 0.0f};
-  if (table.scale) affine = {bf16_to_float(table.scale[2 * row]), bf16_to_float(table.scale[2 * row + 1])};
-  int64_t c = 0;
-  for (; c + kLanes <= f; c += kLanes) store(out + c, Read::vector(data, c, affine));
-  for (; c < f; ++c) out[c] = Read::scalar(data, c, affine);
-}
-
-template <typename Code>
-void pull_codes(const Table& table, int64_t row, int64_t f, float* out) {
-  const char* data = (const char*)table.data + row * table.row_bytes;
-  const int64_t d = table.d, last = table.K - 1;
-  for (int64_t j = 0; j * d < f; ++j) {
-    const int64_t code = std::min(int64_t(load<Code>(data + j * sizeof(Code))), last);
-    const float* codeword = table.codebook + (j * table.K + code) * d;
-    std::copy(codeword, codeword + std::min(d, f - j * d), out + j * d);
-  }
-}
-
 bool in_range(const int64_t* n_id, int64_t k, int64_t num_rows) {
   bool good = true;
   for (int64_t i = 0; i < k; ++i) good &= uint64_t(n_id[i]) < uint64_t(num_rows);
@@ -140,18 +119,7 @@ bool push_rows(const Table& table, const int64_t* n_id, int64_t k, const void* x
 bool pull_rows(const Table& table, const int64_t* n_id, int64_t k, int64_t f, float* out) {
   if (n_id ? !in_range(n_id, k, table.num_rows) : k > table.num_rows) return false;
 #pragma omp parallel for schedule(static) if (k >= kParallelRows)
-  for (int64_t i = 0; i < k; ++i) {
-    const int64_t row = n_id ? n_id[i] : i;
-    switch (table.codec) {
-      case Codec::none: break;
-      case Codec::fp32: pull_values<ReadFloat>(table, row, f, out + i * f); break;
-      case Codec::fp16: pull_values<ReadHalf>(table, row, f, out + i * f); break;
-      case Codec::int8: pull_values<ReadByte>(table, row, f, out + i * f); break;
-      case Codec::int4: pull_values<ReadNibble>(table, row, f, out + i * f); break;
-      case Codec::pq8: pull_codes<uint8_t>(table, row, f, out + i * f); break;
-      case Codec::pq16: pull_codes<uint16_t>(table, row, f, out + i * f); break;
-    }
-  }
+  for (int64_t i = 0; i < k; ++i) decode_row(table, n_id ? n_id[i] : i, f, out + i * f);
   return true;
 }
 

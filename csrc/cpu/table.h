@@ -1,6 +1,7 @@
-// A table of node state as the kernels see it (vqgnn_kernels/_types.py: Rows), and the vectors that they decode it with.
+// A table of node state as the kernels see it (vqgnn_kernels/_types.py: Rows), and how they decode its rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if VQGNN_ISA_avx2 || VQGNN_ISA_avx512
@@ -27,43 +28,11 @@ struct Table {
 }  // namespace vqgnn
 
 #if defined(VQGNN_ISA)  // the rest is for kernel files
-#define VQGNN_INLINE inline __attribute__((always_inline))
-// Vectors wider than the instruction set's registers are split by the compiler; none crosses a function boundary.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "cpu/lanes.h"
 
 namespace vqgnn {
 namespace VQGNN_ISA {
 namespace {
-
-#if VQGNN_ISA_avx512
-constexpr int kLanes = 16;
-#elif VQGNN_ISA_avx2
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-template <typename T, int n>
-struct VecOf {
-  typedef T type __attribute__((vector_size(n * sizeof(T))));
-};
-template <typename T, int n>
-using Vec = typename VecOf<T, n>::type;
-using Floats = Vec<float, kLanes>;
-using Ints = Vec<int32_t, kLanes>;
-
-// Unaligned. A dereference, not memcpy, which GCC 12 may route through general registers.
-template <typename V>
-VQGNN_INLINE V load(const void* p) {
-  typedef V Loose __attribute__((aligned(1), may_alias));
-  return *(const Loose*)p;
-}
-
-template <typename V>
-VQGNN_INLINE void store(void* p, const V& v) {
-  typedef V Loose __attribute__((aligned(1), may_alias));
-  *(Loose*)p = v;
-}
 
 template <int n>
 VQGNN_INLINE Vec<uint32_t, n> load_wide(const uint8_t* p) {  // n bytes, zero-extended
@@ -187,6 +156,54 @@ struct ReadNibble {
     return ((uint8_t(row[c / 2]) >> (4 * (c % 2))) & 15) * a.scale + a.offset;
   }
 };
+
+template <typename Read>
+void decode_values(const Table& table, int64_t row, int64_t width, float* out) {
+  const char* data = (const char*)table.data + row * table.row_bytes;
+  Affine affine{1.0f, 0.0f};
+  if (table.scale) affine = {bf16_to_float(table.scale[2 * row]), bf16_to_float(table.scale[2 * row + 1])};
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) store(out + c, Read::vector(data, c, affine));
+  for (; c < width; ++c) out[c] = Read::scalar(data, c, affine);
+}
+
+template <typename Code>
+VQGNN_INLINE const float* codeword(const Table& table, const char* data, int64_t j) {
+  const int64_t code = std::min(int64_t(load<Code>(data + j * sizeof(Code))), table.K - 1);
+  return table.codebook + (j * table.K + code) * table.d;
+}
+
+template <typename Code, int d>
+int64_t decode_whole_branches(const Table& table, const char* data, int64_t width, float* out) {
+  const int64_t whole = width / d;
+  for (int64_t j = 0; j < whole; ++j) store(out + j * d, load<Vec<float, d>>(codeword<Code>(table, data, j)));
+  return whole;
+}
+
+template <typename Code>
+void decode_codes(const Table& table, int64_t row, int64_t width, float* out) {
+  const char* data = (const char*)table.data + row * table.row_bytes;
+  const int64_t d = table.d;
+  int64_t j = 0;
+  if (d == 4) j = decode_whole_branches<Code, 4>(table, data, width, out);
+  if (d == 8) j = decode_whole_branches<Code, 8>(table, data, width, out);
+  for (; j * d < width; ++j) {
+    std::copy_n(codeword<Code>(table, data, j), std::min(d, width - j * d), out + j * d);
+  }
+}
+
+// Columns 0 .. width - 1 of a row of the table; codes beyond the codebook are taken as the last one.
+inline void decode_row(const Table& table, int64_t row, int64_t width, float* out) {
+  switch (table.codec) {
+    case Codec::none: return;
+    case Codec::fp32: return decode_values<ReadFloat>(table, row, width, out);
+    case Codec::fp16: return decode_values<ReadHalf>(table, row, width, out);
+    case Codec::int8: return decode_values<ReadByte>(table, row, width, out);
+    case Codec::int4: return decode_values<ReadNibble>(table, row, width, out);
+    case Codec::pq8: return decode_codes<uint8_t>(table, row, width, out);
+    case Codec::pq16: return decode_codes<uint16_t>(table, row, width, out);
+  }
+}
 
 }  // namespace
 }  // namespace VQGNN_ISA

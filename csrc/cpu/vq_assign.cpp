@@ -14,25 +14,17 @@
 #endif
 
 #include "cpu/dispatch.h"
+#include "cpu/lanes.h"
 
 namespace vqgnn {
 namespace VQGNN_ISA {
 namespace {
 
-#if defined(VQGNN_ISA_avx512)
-constexpr int kLanes = 16;
-#elif defined(VQGNN_ISA_avx2)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kVectors = 2;               // row vectors a tile: with kGroup = 4, 8 accumulators in 16 registers
 constexpr int kRows = kVectors * kLanes;  // rows a tile
 constexpr int kGroup = 4;                 // codewords a group
 constexpr int64_t kBlock = 128;           // rows a task: they stay in L2 while all branches pass over them
 
-typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef float Group __attribute__((vector_size(kGroup * 4), aligned(4), may_alias));
 
 struct Problem {
@@ -107,7 +99,7 @@ void assign_tile(const float* x, const float* packed, int64_t K, int64_t dv, int
     for (int64_t d = 0; d < width; ++d)
       for (int c = 0; c < kGroup; ++c)
         for (int r = 0; r < kVectors; ++r)
-          score[r][c] -= *reinterpret_cast<const Floats*>(x + d * kRows + r * kLanes) * codewords[d * kGroup + c];
+          score[r][c] -= load<Floats>(x + d * kRows + r * kLanes) * codewords[d * kGroup + c];
     for (int r = 0; r < kVectors; ++r) {
       const Floats low = smaller(smaller(score[r][0], score[r][1]), smaller(score[r][2], score[r][3]));
       found[r] = low < best[r] ? Ints{} + k : found[r];  // strict: the first of equal groups stays

@@ -22,7 +22,7 @@ class Config:
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
-    model: Literal["gcn", "sage", "gin", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
+    model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",
         "What a batch knows of the nodes outside it: codes, rows, rows and gradients, nothing; or the whole graph.",
@@ -36,7 +36,8 @@ class Config:
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
-    dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
+    heads: int = option(4, "Attention heads of --model gat, which share the hidden channels.", 1)
+    dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
     lr: float = option(0.01, "Adam's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
     warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
@@ -59,6 +60,8 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
+        if self.model == "gat" and self.hidden % self.heads:
+            raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         self.columns()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:

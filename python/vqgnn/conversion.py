@@ -42,14 +42,17 @@ def convert(
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
     Args:
-        model: any module whose message passing is done by PyG's GCNConv, SAGEConv (mean, sum) or GINConv.
+        model: any module whose message passing is done by PyG's GCNConv, SAGEConv (mean, sum), GINConv or GATConv.
         data: the whole graph; normalisation coefficients come from it.
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
-            in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between.
-        grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's.
+            in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
+            conv is an attention.
+        grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
+            convolutions; not for attention, where the weights of out-of-batch messages follow a softmax that has gone
+            stale, and training diverges (README, limits).
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
@@ -59,7 +62,7 @@ def convert(
         The model itself.
 
     Raises:
-        ValueError: an unknown option, a conv without a fixed convolution matrix, or a model without convs.
+        ValueError: an unknown option, a conv or an option of one that cannot be converted, or a model without convs.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -72,7 +75,6 @@ def convert(
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
-    grad = default_grad if grad is None else grad
     graph = Graph.of(data)
     convs = _find(model)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
@@ -80,19 +82,25 @@ def convert(
     for conv, cls in classes.items():
         conv.__class__ = CONVS.get(cls, cls)
     try:
+        convolutions = {conv: conv.convolution() for conv in convs.values()}
         calls = _probe(model, graph, forward)
         uses: dict[StoreConv, StoreUse] = {}
         for index, (name, conv) in enumerate(convs.items()):
             if conv not in calls:
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
             dim, sees_features = calls[conv]
-            use = uses[conv] = StoreUse(conv.convolution(), whole=method == "full")
+            use = uses[conv] = StoreUse(convolutions[conv], whole=method == "full")
             if sees_features and input != "codes":
-                use.input = "rows" if input == "rows" else "precompute"
+                if input == "precompute" and not conv.fixed:
+                    raise ValueError(
+                        f"input='precompute' needs a fixed C, {type(conv).__name__} has none; use input='auto'"
+                    )
+                use.input = "precompute" if conv.fixed and input != "rows" else "rows"
             elif input == "precompute" and index == 0:
                 raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
             elif codec is not None:
-                use.store = NodeStore(graph.num_nodes, dim, codec, grad, seed=seed + index, **codebook)
+                keep = default_grad and conv.fixed if grad is None else grad
+                use.store = NodeStore(graph.num_nodes, dim, codec, keep, seed + index, conv.softmax_heads, **codebook)
                 use.store.to(graph.x.device)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, cls in classes.items():
@@ -100,7 +108,8 @@ def convert(
         raise
     for conv, use in uses.items():
         conv.store_use = use
-        graph.wanted[use.convolution, use.input == "precompute"] = None
+        inputs = {"precompute": "input_messages", "rows": "csr" if conv.fixed else "bipartite"}
+        graph.wanted[use.convolution, inputs.get(use.input, "csr")] = None
     if fill and stores(model):
         warmup(model, data, forward=forward)
     return model
@@ -141,7 +150,7 @@ def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int
         source = conv.message_input(x)
         if conv in calls:
             raise ValueError(f"{type(conv).__name__} is called twice in one forward; give each call a conv of its own")
-        calls[conv] = (source.size(1), source is batch.x)
+        calls[conv] = (source.size(1), (source if conv.fixed else x) is batch.x)
         return conv.combine(x, torch.zeros_like(source))
 
     x = graph.x[:_PROBE_NODES].clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.data import Data
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import degree
+from torch_geometric.utils import add_self_loops, degree, remove_self_loops
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
@@ -21,7 +21,8 @@ _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the resul
 class Convolution:
     """Which fixed convolution matrix C a conv uses: the key under which the graph keeps it.
 
-    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not).
+    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), or "attention"
+        (adjacency, with add_self_loops exactly one loop a node; its weights are computed by the conv).
     """
 
     kind: str
@@ -42,6 +43,8 @@ class Convolution:
         if self.kind == "mean":  # PyG's SAGEConv takes no edge weights
             count = degree(edge_index[1], graph.num_nodes, dtype=torch.float32)
             return edge_index, (1.0 / count)[edge_index[1]]
+        if self.kind == "attention" and self.add_self_loops:
+            return add_self_loops(remove_self_loops(edge_index)[0], num_nodes=graph.num_nodes)[0], None
         return edge_index, None
 
 
@@ -127,8 +130,8 @@ class Graph:
         self.x = data.x
         self._matrices: dict[Convolution, Matrix] = {}
         self._products: dict[Convolution, Tensor] = {}
-        # What the converted models need of a batch: (C, True) its rows of C X, (C, False) its slices of C.
-        self.wanted: dict[tuple[Convolution, bool], None] = {}
+        # What the converted models need of a batch, by the name of BatchGraph's method.
+        self.wanted: dict[tuple[Convolution, str], None] = {}
 
     @classmethod
     def of(cls, data: Data) -> Graph:
@@ -187,15 +190,13 @@ class BatchGraph:
     x: Tensor
     run: object | None = None
     _slices: dict[Convolution, tuple[CSR, CSR]] = field(default_factory=dict, repr=False)
+    _bipartite: dict[Convolution, tuple[CSR, CSR, Tensor]] = field(default_factory=dict, repr=False)
     _inputs: dict[Convolution, Tensor] = field(default_factory=dict, repr=False)
 
     def prepare(self) -> BatchGraph:
         """Slice all that the converted models of this graph need (done by the loader's thread)."""
-        for convolution, product in list(self.graph.wanted):
-            if product:
-                self.input_messages(convolution)
-            else:
-                self.csr(convolution)
+        for convolution, method in list(self.graph.wanted):
+            getattr(self, method)(convolution)
         return self
 
     def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
@@ -222,6 +223,23 @@ class BatchGraph:
         if weight is not None:
             weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
         return CSR(rowptr_b, col_b, weight, halo)
+
+    def bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
+        """The batch's rows of C [b, b + h] over given rows of batch and halo, its transpose, and the halo's ids [h]."""
+        if convolution not in self._bipartite:
+            csr, csr_t = self.csr(convolution)
+            none = self.n_id.new_empty(0)
+            if not self.whole:
+                b, h, e = self.n_id.numel(), csr.halo.numel(), csr.col.numel()
+                order = torch.argsort(csr.col, stable=True)
+                row = torch.arange(b, dtype=torch.int32, device=order.device)
+                row = row.repeat_interleave(csr.rowptr.diff(), output_size=e)
+                rowptr_t = torch.searchsorted(
+                    csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device)
+                )
+                csr_t = CSR(rowptr_t, row[order], None, none)
+            self._bipartite[convolution] = csr._replace(halo=none), csr_t, csr.halo
+        return self._bipartite[convolution]
 
     def input_messages(self, convolution: Convolution) -> Tensor:
         """The batch's rows of C X."""

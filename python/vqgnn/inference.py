@@ -110,9 +110,9 @@ def warmup(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], T
 
     with evaluating(model):
         _Sweep(data, None, torch.float32, None, forward, False, on_inputs=fill).run(model)
-    for conv in model.modules():  # a store of the features themselves (input="codes") is no conv's output
+    for conv in model.modules():  # a store of the first conv's inputs (input="codes") is no conv's output
         if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
-            fill(conv, data.x.float())
+            fill(conv, conv.message_input(data.x))
 
 
 class _NextConv(Exception):
@@ -178,8 +178,8 @@ class _Sweep:
         convolution = conv.store_use.convolution
         if source is batch.x:
             messages = self._input_messages(conv, batch)
-        elif self.quantise:
-            messages = kernels.aggregate(source, batch.csr(convolution)[0], self.inputs)
+        elif self.quantise or not conv.fixed:
+            messages = conv.batch_messages(source, batch.csr(convolution)[0], self.inputs)[0]
         else:
             messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x.dtype)
         out = conv.combine(x, messages)
@@ -232,7 +232,7 @@ class _Sweep:
         """Keep what the next conv is given for these nodes and leave the model, until all nodes are known."""
         start, stop = self.range
         self.target = conv
-        if self.quantise:
+        if self._codes(conv):
             if conv.store_use.store is None or conv.store_use.store.codebook is None:
                 raise ValueError("method='vq' needs a model converted with method='vq'; use method='exact'")
             source_codes = conv.store_use.store.codebook.assign(source)
@@ -245,10 +245,14 @@ class _Sweep:
             self.recorded[start:stop] = source
         raise _NextConv
 
+    def _codes(self, conv: StoreConv) -> bool:
+        """Whether what this conv is given is kept as codes; an input layer that reads exact rows stays exact."""
+        return self.quantise and conv.store_use.input is None
+
     def _close_inputs(self) -> None:
         if self.on_inputs is not None:
             self.on_inputs(self.target, self.recorded)
-        if self.quantise:
+        if self._codes(self.target):
             self.inputs = Rows("pq", self.recorded, None, self.target.store_use.store.codebook.x_values)
         else:
             self.inputs = Rows("fp32" if self.dtype == torch.float32 else "fp16", self.recorded, None, None)

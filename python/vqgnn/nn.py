@@ -1,8 +1,8 @@
 """PyG's convolutions that also take a mini-batch's graph where `edge_index` goes.
 
 Constructor, parameters, state_dict keys and the result on a plain `edge_index` are PyG's. Given a `BatchGraph` they
-compute eq. 6 of VQ-GNN, M_B = C_BB X_B + C_BH X~_H, before their own weights (C X W = (C X) W), so that the store keeps
-the conv's input and the gradient of M.
+compute eq. 6 of VQ-GNN, M_B = C_BB X_B + C_BH X~_H. Where C is fixed that comes before their own weights (C X W =
+(C X) W) and the store keeps the conv's input and the gradient of M; attention keeps W X.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.typing import OptPairTensor, OptTensor
 
-from vqgnn_kernels import aggregate
+from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, row_scores
 
 from .graph import BatchGraph, Convolution
 from .store import NodeStore
@@ -39,9 +39,11 @@ class StoreUse:
 
 
 class StoreConv:
-    """Mix-in: a PyG conv with one fixed convolution matrix that can read a node-state store."""
+    """Mix-in: a PyG conv that can read a node-state store."""
 
     store_use: StoreUse | None = None
+    fixed = True  # whether messages are C X with a matrix C known beforehand
+    softmax_heads = 0  # of which a store of gradients must keep the softmax
 
     def forward(self, x, edge_index, *args, **kwargs):
         if not isinstance(edge_index, BatchGraph):
@@ -54,16 +56,35 @@ class StoreConv:
             )
         if edge_index.run is not None:
             return edge_index.run(self, x, edge_index)
-        source = self.message_input(x)
-        return self.combine(x, self._messages(source, edge_index))
+        return self.combine(x, self._messages(x, edge_index))
 
     def convolution(self) -> Convolution:
-        """The matrix C of this conv; raises ValueError for options that have no fixed C."""
+        """The matrix C of this conv (attention: its pattern); raises ValueError for options that have none."""
         raise NotImplementedError
 
     def message_input(self, x: Tensor) -> Tensor:
         """[b, f]: what neighbours are told, X of C X."""
         return x
+
+    def batch_messages(
+        self,
+        source: Tensor,
+        csr: CSR,
+        rows: Rows | None = None,
+        csr_t: CSR | None = None,
+        store: NodeStore | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Messages M [r, f] of batch rows `source` [b, f] and of halo rows in a table, by eq. 6.
+
+        Their gradient takes in the halo's from the store, by eq. 7. The second result is the log-sum-exp [r, heads] of
+        an attention's scores.
+        """
+        return aggregate(source, csr, rows, csr_t, None if store is None else store.grad_rows), None
+
+    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        """M [b, f] from features x [b, in_channels], with the halo's features read exactly."""
+        csr, csr_t = graph.csr(self.store_use.convolution)
+        return self.batch_messages(x, csr, graph.graph.features, csr_t)[0]
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
         """[b, out_channels] from the node's own x [b, in_channels] and M [b, f]."""
@@ -80,30 +101,33 @@ class StoreConv:
                 f"method='full' got a batch of {graph.n_id.numel()} of {graph.graph.num_nodes} nodes; give BatchLoader "
                 "batch_size=data.num_nodes, or convert with another method"
             )
+        if use.input is not None:  # attention, or dropout came between: the halo is read exactly
+            graph.graph.wanted[use.convolution, "csr" if self.fixed else "bipartite"] = None
+            return self.input_messages(x, graph)
+        source, store = self.message_input(x), use.store
         csr, csr_t = graph.csr(use.convolution)
-        if use.input is not None:  # dropout came between: the halo is read exactly
-            graph.graph.wanted[use.convolution, False] = None
-            return aggregate(x, csr, graph.graph.features, csr_t)
-        store = use.store
         if store is None:
-            return aggregate(x, csr, None, csr_t)
-        messages = aggregate(x, csr, store.rows, csr_t, store.grad_rows)
+            return self.batch_messages(source, csr, None, csr_t)[0]
+        messages, lse = self.batch_messages(source, csr, store.rows, csr_t, store)
         if self.training:
-            self._record(store, graph.n_id, x, messages)
+            self._record(store, graph.n_id, source, messages, lse)
         return messages
 
-    def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor) -> None:
+    def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor, lse: Tensor | None) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
-        x = x.detach()
+        x, values = x.detach(), messages.detach()
         # compiled, every push goes through the one opaque op of the backward: a codebook's update cannot be traced
         if not (messages.requires_grad and (store.grad or torch.compiler.is_compiling())):
             store.push(n_id, x)
             return
 
         def push(g: Tensor) -> Tensor | None:
+            softmax = None
+            if lse is not None:
+                softmax = torch.stack([lse, (g.float() * values.float()).view(*lse.shape, -1).sum(2)], 1)
             if torch.compiler.is_compiling():
-                return torch.ops.vqgnn.record(store.handle, n_id, x, g)
-            store.push(n_id, x, g)
+                return torch.ops.vqgnn.record(store.handle, n_id, x, g, softmax)
+            store.push(n_id, x, g, softmax)
             return None
 
         messages.register_hook(push)
@@ -169,4 +193,74 @@ class GINConv(StoreConv, pyg.GINConv):
         return self.nn(messages + (1 + self.eps) * x)
 
 
-CONVS = {pyg.GCNConv: GCNConv, pyg.SAGEConv: SAGEConv, pyg.GINConv: GINConv}
+class GATConv(StoreConv, pyg.GATConv):
+    """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
+
+    The store keeps z. Gradients reach W and a through the batch's own rows, from messages to the batch alone or, with
+    a gradient store (`convert(..., grad=True)`), to out-of-batch nodes too.
+    """
+
+    propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
+    edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
+    fixed = False
+
+    @property
+    def softmax_heads(self) -> int:
+        return self.heads
+
+    def convolution(self) -> Convolution:
+        _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
+        _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
+        _require(self, self.lin is not None, "in_channels", self.in_channels, "one number for source and target")
+        _require(self, self.edge_dim is None, "edge_dim", self.edge_dim, "edge_dim=None")
+        return Convolution("attention", add_self_loops=self.add_self_loops)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+    def batch_messages(
+        self,
+        source: Tensor,
+        csr: CSR,
+        rows: Rows | None = None,
+        csr_t: CSR | None = None,
+        store: NodeStore | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        values = source.view(-1, self.heads, self.out_channels)
+        key = (values * self.att_src).sum(2)
+        query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)
+        grad_rows = softmax = None
+        if rows is not None:
+            key = torch.cat([key, row_scores(rows, csr.halo, self._score_weight(self.att_src))])
+            if rows.codebook is not None:  # learns between forward and backward, which must read the same rows
+                rows = rows._replace(codebook=rows.codebook.clone())
+        if store is not None and store.grad:
+            grad_rows, softmax = store.grad_rows, store.softmax[csr_t.halo]
+            query = torch.cat([query, row_scores(rows, csr_t.halo, self._score_weight(self.att_dst))])
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**31, (), device=key.device) if dropout else 0
+        out, lse = attention_aggregate(
+            source, csr, query, key, heads=self.heads, mode="additive", rows=rows, csr_t=csr_t, grad_rows=grad_rows,
+            halo_stats=softmax, negative_slope=self.negative_slope, dropout=dropout, seed=seed,
+        )  # fmt: skip
+        return out.flatten(1), lse
+
+    def _score_weight(self, attention: Tensor) -> Tensor:
+        """[heads * out_channels, heads]: z @ it is z's score by head."""
+        by_head = attention[0, :, :, None] * torch.eye(self.heads, device=attention.device)[:, None, :]
+        return by_head.flatten(0, 1).detach()
+
+    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
+        if halo.numel():
+            x = torch.cat([x, graph.graph.features.data[halo]])
+        return self.batch_messages(self.message_input(x), csr, csr_t=csr_t)[0]
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        out = messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)
+        if self.res is not None:
+            out = out + self.res(x)
+        return out if self.bias is None else out + self.bias
+
+
+CONVS = {pyg.GCNConv: GCNConv, pyg.SAGEConv: SAGEConv, pyg.GINConv: GINConv, pyg.GATConv: GATConv}

@@ -22,16 +22,18 @@ _STORES: weakref.WeakValueDictionary[int, NodeStore] = weakref.WeakValueDictiona
 _HANDLES = itertools.count()
 
 
-def _record(handle: int, n_id: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    _STORES[handle].push(n_id, x, g)
+def _record(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tensor | None = None) -> Tensor:
+    _STORES[handle].push(n_id, x, g, softmax)
     return g.clone()  # an op may not return its argument; using the result keeps the call from being dropped
 
 
-def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor) -> Tensor:
+def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tensor | None = None) -> Tensor:
     return torch.empty_like(g)
 
 
-kernels.register("record(int handle, Tensor n_id, Tensor x, Tensor g) -> Tensor", _record, _record_fake)
+kernels.register(
+    "record(int handle, Tensor n_id, Tensor x, Tensor g, Tensor? softmax=None) -> Tensor", _record, _record_fake
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,20 @@ class NodeStore(nn.Module):
         codec: a `Codec` or its text.
         grad: keep gradients too.
         seed: of the codebook.
+        heads: with grad, of an attention whose softmax over each node's neighbours is kept too, in 8 bytes a head:
+            the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
         options: further arguments of `Codebook`.
     """
 
     def __init__(
-        self, num_nodes: int, dim: int, codec: str | Codec = "pq", grad: bool = True, seed: int = 0, **options
+        self,
+        num_nodes: int,
+        dim: int,
+        codec: str | Codec = "pq",
+        grad: bool = True,
+        seed: int = 0,
+        heads: int = 0,
+        **options,
     ):
         super().__init__()
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
@@ -106,6 +117,11 @@ class NodeStore(nn.Module):
         grad_data, grad_scale = self.codec.table(num_nodes, dim) if rows_of_gradients else (None, None)
         self.register_buffer("grad_data", grad_data)
         self.register_buffer("grad_scale", grad_scale)
+        softmax = None
+        if grad and heads:
+            softmax = torch.zeros(num_nodes, 2, heads)
+            softmax[:, 0] = torch.inf  # of a node never pushed: exp(score - inf) = 0, so it sends no gradient
+        self.register_buffer("softmax", softmax)
         self.register_buffer("written", torch.full((num_nodes,), _NEVER, dtype=torch.int32))  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._register()
@@ -141,15 +157,19 @@ class NodeStore(nn.Module):
         return Rows(self.codec.name, self.grad_data, self.grad_scale, None)
 
     @torch.no_grad()
-    def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None) -> None:
+    def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None, softmax: Tensor | None = None) -> None:
         """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
 
-        With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows.
+        With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows. softmax
+        [b, 2, heads] goes with g where the store was made with heads.
         """
-        for name, given in (("x", x), ("g", g)):
-            if given is not None and given.shape != (n_id.numel(), self.dim):
+        row = {"x": (x, (self.dim,)), "g": (g, (self.dim,))}
+        if self.softmax is not None:
+            row["softmax"] = (softmax, self.softmax.shape[1:])
+        for name, (given, shape) in row.items():
+            if given is not None and given.shape != (n_id.numel(), *shape):
                 raise ValueError(
-                    f"{name} has shape {list(given.shape)}, expected [{n_id.numel()}, {self.dim}]: one row an n_id"
+                    f"{name} has shape {list(given.shape)}, expected {[n_id.numel(), *shape]}: one row an n_id"
                 )
         if n_id.numel() == 0:
             return
@@ -157,6 +177,8 @@ class NodeStore(nn.Module):
         kernels.push_rows(self.rows, n_id, value)
         if g is not None and self.grad_data is not None:
             kernels.push_rows(self.grad_rows, n_id, g)
+        if self.softmax is not None and softmax is not None:
+            self.softmax[n_id] = softmax
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 

@@ -47,7 +47,9 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
     options = {"norm": "batch_norm", "dropout": config.dropout}
     if config.model == "mlp":
         return NodeMLP([in_channels] + [config.hidden] * (config.layers - 1) + [out_channels], **options)
-    kind = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}[config.model]
+    if config.model == "gat":
+        options["heads"] = config.heads
+    kind = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN, "gat": models.GAT}[config.model]
     return kind(in_channels, config.hidden, config.layers, out_channels, **options)
 
 

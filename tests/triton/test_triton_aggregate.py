@@ -2,13 +2,12 @@ import importlib
 
 import pytest
 import torch
-from test_aggregate import random_csr
+from test_aggregate import CODECS, random_csr, random_rows
+from test_aggregate import check as cpu_check
 
 from vqgnn_kernels import CSR, Rows, _chunks, _tiles, aggregate
 from vqgnn_kernels.aggregate import _flat, reference
-from vqgnn_kernels.store_io import reference as store
 
-CODECS = ["none", "fp32", "fp16", "int8", "int4", "pq8", "pq16"]
 OTHER = dict(zip(CODECS, CODECS[1:] + CODECS[:1], strict=True))  # the backward's table has another codec
 
 
@@ -26,32 +25,9 @@ def to(device, bundle):
     return bundle and type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
 
 
-def random_rows(codec, num_rows, f, *, d=4, num_codes=16):
-    if codec == "none":
-        return None
-    if codec in ("pq8", "pq16"):
-        m = -(-f // d)
-        codes = torch.randint(num_codes, (num_rows, m), dtype=torch.uint8 if codec == "pq8" else torch.int16)
-        return Rows("pq", codes, None, torch.randn(m, num_codes, d))
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(codec, torch.uint8)
-    scale = torch.zeros(num_rows, 2, dtype=torch.bfloat16) if codec in ("int8", "int4") else None
-    rows = Rows(codec, torch.zeros(num_rows, (f + 1) // 2 if codec == "int4" else f, dtype=dtype), scale)
-    store.push_rows(rows, torch.arange(num_rows), torch.randn(num_rows, f))
-    return rows
-
-
-def check(device, x, csr, rows, csr_t, grad_rows, tolerance=1e-5):
+def check(device, x, *matrices, tolerance=1e-5):
     """Values and gradients against reference.py."""
-    x, csr, rows, csr_t, grad_rows = x.to(device), *(to(device, t) for t in (csr, rows, csr_t, grad_rows))
-    x.requires_grad_()
-    out = aggregate(x, csr, rows, csr_t, grad_rows)
-    grad_out = torch.randn_like(out)
-    out.backward(grad_out)
-    assert out.dtype == x.dtype and x.grad.dtype == x.dtype
-    want = reference.aggregate(x.detach(), csr, rows)
-    want_grad = reference.aggregate(grad_out, csr_t, grad_rows)
-    torch.testing.assert_close(out.detach(), want, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(x.grad, want_grad, atol=tolerance, rtol=tolerance)
+    cpu_check(x.to(device), *(to(device, t) for t in matrices), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("f", [1, 47, 130])

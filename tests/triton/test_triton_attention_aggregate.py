@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from test_aggregate import random_rows as cpu_rows
+from test_triton_aggregate import to
 
-from vqgnn_kernels import CSR, Rows, _chunks, _tiles, attention_aggregate, code_scores
+from vqgnn_kernels import CSR, _chunks, _tiles, attention_aggregate, code_scores
 from vqgnn_kernels.attention_aggregate import reference as truth
 
 TABLE = 20
@@ -20,21 +22,8 @@ def random_csr(num_rows, num_columns, num_halo, num_edges, device, halo=True):
     return CSR(rowptr.to(device), col.to(device), None, entries)
 
 
-def random_rows(codec, width, device, *, d=4, num_codes=16):
-    if codec == "none":
-        return None
-    if codec in ("pq8", "pq16"):
-        m = -(-width // d)
-        codes = torch.randint(num_codes, (TABLE, m)).to(torch.uint8 if codec == "pq8" else torch.int16)
-        return Rows("pq", codes.to(device), None, torch.randn(m, num_codes, d, device=device))
-    if codec in ("int8", "int4"):
-        stored = width if codec == "int8" else (width + 1) // 2
-        data = torch.randint(256, (TABLE, stored), dtype=torch.uint8, device=device)
-        top = 255 if codec == "int8" else 15
-        scale = torch.tensor([3.0 / top, -1.5], dtype=torch.bfloat16, device=device).repeat(TABLE, 1)
-        return Rows(codec, data, scale)
-    dtype = torch.float16 if codec == "fp16" else torch.float32
-    return Rows(codec, torch.randn(TABLE, width, device=device).to(dtype))
+def random_rows(codec, width, device, **options):
+    return to(device, cpu_rows(codec, TABLE, width, **options))
 
 
 def check(
@@ -55,11 +44,12 @@ def check(
     key = torch.randn(b + h, heads, device=device, requires_grad=True) if mode == "additive" else None
     attention = torch.randn(heads, features, device=device, requires_grad=True) if mode == "gatv2" else None
     stats = torch.randn(h_t, 2, heads, device=device) + 3 if grad_rows else None
+    seed = torch.tensor(2**32 - 7, device=device)
     out, lse = attention_aggregate(
         x, csr, query, key, heads=heads, mode=mode, split=split, rows=rows, csr_t=csr_t, grad_rows=grad_rows,
-        halo_stats=stats, attention=attention, dropout=dropout, seed=2**32 - 7, **OPTIONS,
+        halo_stats=stats, attention=attention, dropout=dropout, seed=seed, **OPTIONS,
     )  # fmt: skip
-    options = (mode, heads, split, *OPTIONS.values(), dropout, 2**32 - 7)
+    options = (mode, heads, split, *OPTIONS.values(), dropout, seed)
     with torch.no_grad():
         want, want_lse = truth.forward(x, csr, rows, query, key, attention, *options)
     assert out.dtype == dtype and lse.dtype == torch.float32

@@ -1,27 +1,12 @@
 import pytest
 import torch
+from test_codebook_update import rows, state
 
 from vqgnn_kernels import codebook_stats, codebook_update
 from vqgnn_kernels.codebook_update import code_dtype, reference
 
 # b, m, K, dv
 SIZES = [(0, 2, 5, 8), (1, 3, 1, 8), (60, 2, 12, 8), (70, 1, 14, 4), (31, 3, 7, 3), (50, 2, 9, 19)]
-
-
-def rows(b, m, K, dv, device, dtype=torch.float32):
-    """v, codes, mean, rstd"""
-    v = (torch.randn(b, m * dv, device=device) * 3 + 1).to(dtype)
-    codes = torch.randint(K, (b, m), device=device).to(code_dtype(K))
-    return v, codes, torch.randn(m * dv, device=device), torch.rand(m * dv, device=device) + 0.1
-
-
-def state(m, K, dv, device):
-    """codebook, ema_counts, ema_sums: a codebook in the middle of training, some codes nearly dead or unseen."""
-    counts = torch.rand(m, K, device=device) * 10
-    counts[:, ::3] *= 1e-3
-    counts[:, ::5] = 0
-    codebook = torch.randn(m, K, dv, device=device)
-    return codebook, counts, codebook * counts.unsqueeze(-1)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "sorted"])

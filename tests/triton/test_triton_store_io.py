@@ -1,43 +1,15 @@
 import pytest
 import torch
+from test_store_io import LEVELS, awkward_values, empty_table, same
 
 from vqgnn_kernels import Rows, _tiles, pull_rows, push_rows
 from vqgnn_kernels.store_io import reference
 
-LEVELS = {"int8": 255, "int4": 15}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def empty_table(codec, num_rows, f):
-    """A table full of NaN or 0xff: what nobody writes must not look right. On the CPU, for the reference."""
-    if codec in LEVELS:
-        data = torch.full((num_rows, (f + 1) // 2 if codec == "int4" else f), 255, dtype=torch.uint8)
-        return Rows(codec, data, torch.full((num_rows, 2), torch.nan, dtype=torch.bfloat16))
-    dtype = torch.float32 if codec == "fp32" else torch.float16
-    return Rows(codec, torch.full((num_rows, f), torch.nan, dtype=dtype))
 
 
 def to(rows, device):
     return Rows(rows.codec, *(None if t is None else t.to(device, copy=True) for t in rows[1:]))
-
-
-def same(a, b):
-    return torch.equal(a.cpu().contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def awkward_values(k, f):
-    """Rows of several magnitudes, constant, negative, subnormal, with signed zeros, and one that a half overflows."""
-    x = torch.randn(k, f) * 10.0 ** torch.randint(-6, 5, (k, 1))
-    x[0], x[1], x[2], x[3] = 0.0, 1.0, -0.3, -0.0
-    x[4] = torch.randn(f) * 1e-40
-    x[5] = torch.arange(f) / 2
-    x[6] = 70_000.0
-    x[7, ::2] = 0.0
-    x[7, 1::2] = -0.0
-    x[8] = 65_519.0
-    x[9] = torch.linspace(0, 255, f) if f > 1 else 3.0
-    x[10] = torch.arange(f) % 256 + 0.5 * (torch.arange(f) % 3 == 0)  # ties, where the scale comes out as 1
-    return x
 
 
 def check_push(codec, x, num_rows, device):

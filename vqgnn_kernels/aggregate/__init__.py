@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import implementation
 from .._library import register, register_autograd
-from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
+from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
 from . import reference
 
 __all__ = ["CSR", "Rows", "aggregate"]
@@ -40,7 +40,7 @@ def aggregate(
     """
     check_tensor("x", x, FLOATS, (None, None))
     b, f = x.shape
-    _check_csr("csr", csr)
+    check_csr("csr", csr)
     if rows is not None:
         check_rows("rows", rows, f)
     if csr_t is None:
@@ -49,43 +49,11 @@ def aggregate(
         if grad_rows is not None:
             raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
     else:
-        if _check_csr("csr_t", csr_t) != b:
+        if check_csr("csr_t", csr_t) != b:
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
         if grad_rows is not None:
             check_rows("grad_rows", grad_rows, f)
     return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows))
-
-
-def _check_csr(name: str, csr: CSR) -> int:
-    check_tensor(f"{name}.rowptr", csr.rowptr, (torch.int64,), (None,))
-    check_tensor(f"{name}.col", csr.col, (torch.int32,), (None,))
-    if csr.rowptr.shape[0] < 1:
-        raise ValueError(f"{name}.rowptr is empty; r rows need r + 1 entries, the first one 0")
-    if csr.weight is not None:
-        check_tensor(f"{name}.weight", csr.weight, (torch.float32,), (csr.col.shape[0],))
-    if csr.halo is not None:
-        check_tensor(f"{name}.halo", csr.halo, (torch.int64,), (None,))
-    return csr.rowptr.shape[0] - 1
-
-
-def check_entries(csr: CSR, b: int, rows: Rows | None) -> None:
-    """Raise ValueError when an entry of rowptr, col or halo is out of range."""
-    rowptr, col, _, halo = csr
-    if rowptr[0] != 0 or rowptr[-1] != col.shape[0] or (rowptr.diff() < 0).any():
-        raise ValueError(f"rowptr must rise from 0 to the number of edges, {col.shape[0]}")
-    if not col.numel():
-        return
-    low, high = int(col.min()), int(col.max())
-    num_halo = None if rows is None else rows.data.shape[0] if halo is None else halo.shape[0]
-    if low < 0 or (num_halo is not None and high >= b + num_halo):
-        raise ValueError(
-            f"col spans {low}..{high}; with {b} rows in x and {num_halo} halo entries it must lie in "
-            f"0..{b + (num_halo or 0) - 1}"
-        )
-    if rows is not None and halo is not None and halo.numel():
-        low, high = int(halo.min()), int(halo.max())
-        if low < 0 or high >= rows.data.shape[0]:
-            raise ValueError(f"halo spans {low}..{high}; the table has rows 0..{rows.data.shape[0] - 1}")
 
 
 def _flat(csr: CSR | None, rows: Rows | None) -> tuple:

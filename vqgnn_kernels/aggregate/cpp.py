@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
-from .._types import CSR, Rows
+from .._types import CSR, Rows, contiguous
 from ..store_io.cpp import address, as_table
 
 
 def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor | None:
     """None when rowptr, col or halo holds an entry out of range."""
-    rowptr, col, weight, halo = (None if t is None else t.contiguous() for t in csr)
+    rowptr, col, weight, halo = contiguous(*csr)
     values = x.float().contiguous()
     b, f = values.shape
     num_rows = rowptr.shape[0] - 1

@@ -5,14 +5,15 @@ from torch import Tensor
 
 from .._backend import implementation
 from .._library import register, register_autograd
-from .._types import CSR, FLOATS, Rows, check_rows, check_tensor
-from ..aggregate import _check_csr, check_entries
+from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
+from ..store_io import pull_rows
 from . import reference
 
-__all__ = ["attention_aggregate", "code_scores"]
+__all__ = ["attention_aggregate", "code_scores", "row_scores"]
 
 MODES = ("additive", "dot", "gatv2")
 _FP32 = (torch.float32,)
+_CHUNK = 65_536  # rows of a table decoded at a time for their scores
 
 
 def attention_aggregate(
@@ -32,7 +33,7 @@ def attention_aggregate(
     negative_slope: float = 0.2,
     scale: float = 1.0,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every row over its edges, by head; no array over edges, heads and features exists.
 
@@ -46,7 +47,8 @@ def attention_aggregate(
 
     The gradient of x and key is exact over the batch's own rows. Out-of-batch destinations join it as constants: their
     output gradients from grad_rows, their softmax from halo_stats, their queries from query (equation 7's second term
-    for attention). Tables are read again by the backward, which wants those of `rows` unchanged since the forward.
+    for attention); where these are stale and give a weight p above 1, it counts as 1. Tables are read again by the
+    backward, which wants those of `rows` unchanged since the forward.
     Second derivatives do not exist.
 
     Args:
@@ -66,7 +68,8 @@ def attention_aggregate(
         negative_slope: of the leaky relu.
         scale: of "dot".
         dropout: share of attention weights set to 0, in [0, 1).
-        seed: of the dropout. m_ijh depends on (seed mod 2^32, i, j, h) alone, so duplicate edges share theirs; stored
+        seed: of the dropout, a number or an int64 tensor [] on x's device (which a compiled step or a CUDA graph can
+            draw anew). m_ijh depends on (seed mod 2^32, i, j, h) alone, so duplicate edges share theirs; stored
             destinations have no dropout.
     Returns:
         out [r, H, F] of x's dtype, 0 in rows without edges, and lse [r, H] fp32 (-inf there), which has no gradient.
@@ -82,7 +85,7 @@ def attention_aggregate(
         if grad_rows is not None:
             raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
     else:
-        if _check_csr("csr_t", csr_t) != b:
+        if check_csr("csr_t", csr_t) != b:
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
         _check_unweighted("csr_t", csr_t)
     if grad_rows is not None:
@@ -96,10 +99,12 @@ def attention_aggregate(
         if halo_stats is None:
             raise ValueError("halo_stats is None; grad_rows needs the softmax of its rows, [h_t, 2, H] fp32")
         check_tensor("halo_stats", halo_stats, _FP32, (num_halo, 2, heads))
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=x.device)
     out, lse = _attention_aggregate(
         x, *_flat(csr, rows), *_flat(csr_t, grad_rows), halo_stats, query.float(),
         None if key is None else key.float(), None if attention is None else attention.float(),
-        mode, heads, split, negative_slope, scale, dropout, seed & 0xFFFFFFFF,
+        mode, heads, split, negative_slope, scale, dropout, seed,
     )  # fmt: skip
     return out, lse.detach()
 
@@ -129,6 +134,26 @@ def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
     return _code_scores(rows.data, n_id, table.detach())
 
 
+def row_scores(rows: Rows, n_id: Tensor, weight: Tensor) -> Tensor:
+    """A linear function of decoded rows of any codec, pull_rows(rows, n_id, w) @ weight, without all of them at once.
+
+    Codes are not decoded: their scores are sums of table look-ups (`code_scores`).
+
+    Args:
+        rows: a table of w columns.
+        n_id: [k] int64, rows to read.
+        weight: [w, H] fp32.
+    Returns:
+        [k, H] fp32, without gradient.
+    Raises:
+        ValueError: as `code_scores` and `pull_rows`.
+    """
+    check_tensor("weight", weight, _FP32, (None, None))
+    check_rows("rows", rows, weight.shape[0])
+    check_tensor("n_id", n_id, (torch.int64,), (None,))
+    return _row_scores(*rows, n_id, weight.detach())
+
+
 def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, dropout) -> tuple[int, int, int]:
     """(r, b, w) of valid arguments."""
     if mode not in MODES:
@@ -140,7 +165,7 @@ def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, drop
     if heads < 1 or (split and w % heads):
         raise ValueError(f"heads={heads} must be at least 1 and, with split=True, divide x's {w} columns")
     features = w // heads if split else w
-    num_rows = _check_csr("csr", csr)
+    num_rows = check_csr("csr", csr)
     _check_unweighted("csr", csr)
     num_halo = 0
     if rows is not None:
@@ -287,10 +312,28 @@ def _scores_fake(data, n_id, table):
     return table.new_empty(n_id.shape[0], table.shape[2])
 
 
+def _row_scores_impl(codec, data, scale, codebook, n_id, weight):
+    rows = Rows(codec, data, scale, codebook)
+    num_columns, heads = weight.shape
+    with torch.autocast(weight.device.type, enabled=False):  # else products are bf16, and code_scores reads fp32
+        if codec == "pq":
+            m, _, d = codebook.shape
+            padded = torch.nn.functional.pad(weight, (0, 0, 0, m * d - num_columns))
+            return _scores_impl(data, n_id, codebook @ padded.view(m, d, heads))
+        out = weight.new_empty(n_id.shape[0], heads)
+        for chunk, scores in zip(n_id.split(_CHUNK), out.split(_CHUNK), strict=True):
+            torch.mm(pull_rows(rows, chunk, num_columns), weight, out=scores)
+    return out
+
+
+def _row_scores_fake(codec, data, scale, codebook, n_id, weight):
+    return weight.new_empty(n_id.shape[0], weight.shape[1])
+
+
 _MATRIX = "Tensor rowptr, Tensor col, Tensor? halo, str codec, Tensor? data, Tensor? scales, Tensor? codebook,"
 _OPTIONS = (
     " Tensor query, Tensor? key, Tensor? attention, str mode, int heads, bool split, float negative_slope, float scale,"
-    " float dropout, int seed)"
+    " float dropout, Tensor seed)"
 )
 _attention_aggregate = register(
     f"attention_aggregate(Tensor x, {_MATRIX} Tensor? t_rowptr, Tensor? t_col, Tensor? t_halo, str t_codec,"
@@ -309,6 +352,11 @@ _backward_columns = register(
     f" {_OPTIONS} -> (Tensor, Tensor)",
     _columns_impl,
     _columns_fake,
+)
+_row_scores = register(
+    "row_scores(str codec, Tensor data, Tensor? scale, Tensor? codebook, Tensor n_id, Tensor weight) -> Tensor",
+    _row_scores_impl,
+    _row_scores_fake,
 )
 _code_scores = register("code_scores(Tensor data, Tensor n_id, Tensor table) -> Tensor", _scores_impl, _scores_fake)
 register_autograd("attention_aggregate", _backward, _setup_context)

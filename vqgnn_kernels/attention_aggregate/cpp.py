@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
-from .._types import CSR, Rows
+from .._types import CSR, Rows, contiguous
 from ..store_io.cpp import address, as_table
 
 
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
@@ -25,7 +25,7 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
@@ -43,7 +43,7 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
@@ -78,13 +78,13 @@ def _problem(
     by_column: the operand (key or query) with a row for every column of csr.
     """
     mode, heads, split, slope, scale, dropout, seed = options
-    rowptr, col, halo = (None if t is None else t.contiguous() for t in (csr.rowptr, csr.col, csr.halo))
+    rowptr, col, halo = contiguous(csr.rowptr, csr.col, csr.halo)
     table, kept = as_table(rows)
     operands = {name: None if t is None else t.float().contiguous() for name, t in operands.items()}
     width = operands["x"].shape[1]
     problem = {
         "mode": mode, "heads": heads, "f": width // heads if split else width, "split": split,
-        "slope": slope, "scale": scale, "dropout": dropout, "seed": seed,
+        "slope": slope, "scale": scale, "dropout": dropout, "seed": int(seed) & 0xFFFFFFFF,
         "rowptr": rowptr.data_ptr(), "num_rows": rowptr.shape[0] - 1, "col": col.data_ptr(), "num_edges": col.shape[0],
         "halo": address(halo), "num_halo": 0 if halo is None else halo.shape[0], "table": table,
         "num_own": num_own, "max_columns": 2**31 if by_column is None else by_column.shape[0],

@@ -9,7 +9,7 @@ from ..store_io.reference import pull_rows
 
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [r, H, F] of x's dtype, lse [r, H] fp32."""
     i, j, num_rows = _edges(csr, None if rows else x.shape[0])
@@ -25,7 +25,7 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """grad_query [r, H(, F)], grad_attention [H, F] or None; D [r, H] = <grad_out, out>."""
     i, j, num_rows = _edges(csr, None if rows else x.shape[0])
@@ -43,7 +43,7 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """grad_x [b, w] of x's dtype, grad_key [b, H] or None."""
     r, (b, w) = grad_out.shape[0], x.shape
@@ -56,7 +56,7 @@ def backward_columns(
     grad = grad[i]
     source = _heads(x.float(), heads, split)[j]
     score, inner = _score(query[i], None if key is None else key[j], source, attention, mode, slope, scale)
-    p = (score - lse[i]).exp()
+    p = (score - lse[i]).clamp(max=0).exp()  # a stored lse may be older than the score
     mask = torch.where(i[:, None] < r, _mask(i, j, heads, dropout, seed), 1.0)  # stored destinations: no dropout
     ds = p * (mask * (grad * source).sum(2) - D[i])
     by_query, by_source = _score_gradient(ds, inner, query[i], source, attention, mode, slope, scale)
@@ -113,11 +113,11 @@ def _score_gradient(ds, inner, query, source, attention, mode, slope, scale) -> 
     return both, both
 
 
-def _mask(i: Tensor, j: Tensor, heads: int, dropout: float, seed: int) -> Tensor | float:
+def _mask(i: Tensor, j: Tensor, heads: int, dropout: float, seed: int | Tensor) -> Tensor | float:
     """m_ijh / (1 - dropout), [e, H]."""
     if dropout == 0:
         return 1.0
-    z = mix(mix(mix(torch.tensor(seed, device=i.device)) ^ i) ^ j)
+    z = mix(mix(mix(torch.as_tensor(seed, device=i.device) & 0xFFFFFFFF) ^ i) ^ j)
     z = mix(z[:, None] ^ torch.arange(heads, device=i.device))
     return (z.double() / 2**32 >= dropout).float() / (1 - dropout)
 

@@ -21,7 +21,7 @@ _ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of grad_attention one progra
 
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_chunks = csr.rowptr.shape[0] - 1, _chunks.num_chunks(csr)
     features = x.shape[1] // heads if split else x.shape[1]
@@ -49,7 +49,7 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     num_rows, num_chunks, features = grad_out.shape[0], _chunks.num_chunks(csr), grad_out.shape[2]
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
@@ -81,7 +81,7 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: int,
+    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (r, _, features), b, num_chunks = grad_out.shape, x.shape[0], _chunks.num_chunks(csr_t)
     each = 1 if split else heads  # heads that share a row of x, and so a program
@@ -141,7 +141,7 @@ def _arguments(csr, rows, query, key, attention, mode, heads, features, split, s
         "slope": slope, "score_scale": scale,
         "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)),
         # in memory: a CUDA graph can draw it anew, and no value of it compiles a kernel again
-        "p_seed": torch.full((), seed, dtype=torch.int64, device=query.device),
+        "p_seed": seed,
         "kept_scale": 1 / (1 - dropout),
         "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
         "BLOCK_F": block,
@@ -483,7 +483,7 @@ def attention_aggregate_bwd_columns_kernel(
                 else:
                     inner = x + query
                     score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
-            p = tl.exp(tl.where(m_edge, score - lse, float("-inf")))
+            p = tl.exp(tl.where(m_edge, tl.minimum(score - lse, 0.0), float("-inf")))  # a stored lse may be stale
             by_weight = tl.sum(grad * x, 1)
             weight = p
             if DROPOUT:

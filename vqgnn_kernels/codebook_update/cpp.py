@@ -4,20 +4,14 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
+from .._types import contiguous
+from ..store_io.cpp import address
 
 
 def float_rows(v: Tensor) -> Tensor:
     """v in fp32 with contiguous columns and rows that do not overlap, copied only where it is not so already."""
     v = v.float()
     return v if v.stride(1) == 1 and v.stride(0) >= v.shape[1] else v.contiguous()
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def codebook_stats(

@@ -6,14 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._types import contiguous
 
 # Batches and seeds vary: do_not_specialize keeps their values from compiling a kernel again.
 
 
 @triton.jit
-def whitened(x, p_mean, p_rstd, columns, mask):
-    """x in fp32, (x - mean) * rstd where there is whitening; 0 outside the mask."""
-    x = x.to(tl.float32)
+def load_whitened(p_v, p_mean, p_rstd, rows, columns, stride_row, stride_column, mask):
+    """v[rows, columns] in fp32, (x - mean) * rstd where there is whitening; 0 outside the mask."""
+    x = tl.load(p_v + rows * stride_row + columns * stride_column, mask=mask, other=0.0).to(tl.float32)
     if p_mean is not None:
         x = (x - tl.load(p_mean + columns, mask=mask, other=0.0)) * tl.load(p_rstd + columns, mask=mask, other=0.0)
     return tl.where(mask, x, 0.0)
@@ -45,8 +46,7 @@ def codebook_stats_atomic_kernel(
     tl.atomic_add(p_counts + slot, tl.full([BLOCK_B], 1.0, tl.float32), mask=m_row, sem="relaxed")
     m_x = m_row[:, None] & (dims < DV)[None, :]
     columns = (j * DV + dims)[None, :]
-    b_x = tl.load(p_v + rows[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)
-    b_x = whitened(b_x, p_mean, p_rstd, columns, m_x)
+    b_x = load_whitened(p_v, p_mean, p_rstd, rows[:, None], columns, stride_row, stride_column, m_x)
     tl.atomic_add(p_sums + slot[:, None] * DV + dims[None, :], b_x, mask=m_x, sem="relaxed")
 
 
@@ -91,8 +91,7 @@ def codebook_stats_sorted_kernel(
         place = first + tl.arange(0, BLOCK_B)
         rows = tl.load(p_order + j * b + place, mask=place < end, other=0)
         m_x = (place < end)[:, None] & (dims < DV)[None, :]
-        b_x = tl.load(p_v + rows[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)
-        b_sum += whitened(b_x, p_mean, p_rstd, columns, m_x)
+        b_sum += load_whitened(p_v, p_mean, p_rstd, rows[:, None], columns, stride_row, stride_column, m_x)
     tl.store(p_counts + j * K + k, (end - start).to(tl.float32))
     tl.store(p_sums + (j * K + k) * DV + dims, tl.sum(b_sum, 0), mask=dims < DV)
 
@@ -159,8 +158,8 @@ def codebook_update_kernel(
             b_row = splitmix64(tl.cast(seed, tl.int64).to(tl.uint64), slot.to(tl.uint64)) % tl.cast(b, tl.uint64)
             m_x = m_c & m_dead[:, None]
             columns = (j * DV + dims)[None, :]
-            b_x = tl.load(p_v + b_row.to(tl.int64)[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)
-            b_x = whitened(b_x, p_mean, p_rstd, columns, m_x)
+            rows = b_row.to(tl.int64)[:, None]
+            b_x = load_whitened(p_v, p_mean, p_rstd, rows, columns, stride_row, stride_column, m_x)
             b_c = tl.where(m_x, b_x, b_c)
             b_sum = tl.where(m_x, b_x * revive_below, b_sum)
             b_count = tl.where(m_dead, revive_below, b_count)
@@ -170,10 +169,6 @@ def codebook_update_kernel(
         tl.store(p_ema_sums + place, b_sum, mask=m_c)
         tl.store(p_codebook + place, b_c, mask=m_write)
     tl.store(p_revived + j, tl.sum(b_revived, 0))
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def codebook_stats(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
-from .._types import Rows
+from .._types import Rows, contiguous
 
 
 def push_rows(rows: Rows, n_id: Tensor, x: Tensor) -> bool:
@@ -28,7 +28,7 @@ def as_table(rows: Rows | None) -> tuple[tuple | None, tuple]:
     """The table as csrc/bindings.cpp takes it, and the tensors that must outlive the call."""
     if rows is None:
         return None, ()
-    data, scale, codebook = (None if t is None else t.contiguous() for t in rows[1:])
+    data, scale, codebook = contiguous(*rows[1:])
     m, num_codes, d = (data.shape[1], 1, 1) if codebook is None else codebook.shape
     row_bytes = data.shape[1] * data.element_size()
     table = (rows.codec, data.data_ptr(), data.shape[0], row_bytes, address(scale), address(codebook), m, num_codes, d)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from .._backend import _C
+from .._types import contiguous
 from ..codebook_update import code_dtype
-from ..codebook_update.cpp import address, codebook_stats, contiguous, float_rows
+from ..codebook_update.cpp import codebook_stats, float_rows
+from ..store_io.cpp import address
 
 
 def vq_assign(v: Tensor, codebook: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .._types import contiguous
 from ..codebook_update import code_dtype
-from ..codebook_update.triton import codebook_stats, contiguous, whitened
+from ..codebook_update.triton import codebook_stats, load_whitened
 
 # Instructions a score in the code compiled for sm_90: multiply-adds in registers take 12.5 at dv = 8 and 22 at 16;
 # tensor cores 14 at both, dv padded to 16 and in tf32x3 so that ties are those of fp32. No time was measured.
@@ -131,8 +132,7 @@ def vq_assign_dot_fwd_kernel(
             m_d = (start + dims < DV)[None, :]
             columns = (j * DV + start + dims)[None, :]
             m_x = m_row[:, None] & m_d
-            b_x = tl.load(p_v + rows[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)
-            b_x = whitened(b_x, p_mean, p_rstd, columns, m_x)
+            b_x = load_whitened(p_v, p_mean, p_rstd, rows[:, None], columns, stride_row, stride_column, m_x)
             b_c = tl.load(p_codebook + k[:, None] * DV + start + dims[None, :], mask=(k < K)[:, None] & m_d, other=0.0)
             b_norm += 0.5 * tl.sum(b_c * b_c, 1)
             b_dot = tl.dot(b_x, b_c.T, b_dot, input_precision="tf32x3")
@@ -150,8 +150,7 @@ def vq_assign_dot_fwd_kernel(
         for start in tl.static_range(0, DV, BLOCK_D):
             m_x = m_row[:, None] & (start + dims < DV)[None, :]
             columns = (j * DV + start + dims)[None, :]
-            b_x = tl.load(p_v + rows[:, None] * stride_row + columns * stride_column, mask=m_x, other=0.0)
-            b_x = whitened(b_x, p_mean, p_rstd, columns, m_x)
+            b_x = load_whitened(p_v, p_mean, p_rstd, rows[:, None], columns, stride_row, stride_column, m_x)
             tl.atomic_add(p_sums + slot[:, None] * DV + start + dims[None, :], b_x, mask=m_x, sem="relaxed")
 
 
