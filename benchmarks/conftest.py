@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+_on_gpu = False  # set by --device
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the tensors measured")
@@ -29,16 +31,26 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session", autouse=True)
 def device(request):
     """The device of --device; factory functions such as torch.randn make their tensors there."""
+    global _on_gpu
     name = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda was given, but torch sees no CUDA device; leave the option out")
+    _on_gpu = name == "cuda"
     torch.set_default_device(name)
     yield torch.device(name)
     torch.set_default_device(None)
 
 
+@pytest.fixture
+def no_default_device(device):
+    """For a benchmark of whole models, in which parts of the host make tensors of their own."""
+    torch.set_default_device(None)
+    yield
+    torch.set_default_device(device)
+
+
 def on_gpu() -> bool:
-    return torch.get_default_device().type == "cuda"
+    return _on_gpu
 
 
 def device_name() -> str:
@@ -71,7 +83,7 @@ def finished(function):
 @functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second that the GPU reads and writes when it copies 1 GiB: what a kernel's bandwidth is compared with."""
-    source = torch.empty(2**30, dtype=torch.uint8)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = finished(lambda: target.copy_(source))
     copy()

@@ -81,9 +81,11 @@ def adjacency(data: Data, form: str):
     if form == "sparse":
         return torch_sparse.SparseTensor.from_edge_index(data.edge_index, sparse_sizes=(n, n)).t()
     row, col = data.edge_index
-    rowptr = torch.zeros(n + 1, dtype=torch.int64)
+    rowptr = torch.zeros(n + 1, dtype=torch.int64, device=row.device)
     rowptr[1:] = torch.bincount(row, minlength=n).cumsum(0)
-    return torch.sparse_csr_tensor(rowptr, col, torch.ones(col.numel()), size=(n, n))  # symmetric: its own transpose
+    return torch.sparse_csr_tensor(
+        rowptr, col, torch.ones_like(col, dtype=torch.float32), size=(n, n)
+    )  # symmetric: its own transpose
 
 
 def full_batch(form: str) -> Callable[[Data], Callable[[], float]]:

@@ -1,6 +1,9 @@
-"""aggregate against torch.sparse: the whole graph from stored rows, and one training batch.
+"""aggregate against torch.sparse and gather-scatter: the whole graph from stored rows, and one training batch.
 
-pytest benchmarks/test_aggregate.py [-k small] --rows rows.csv
+torch_csr is also what PyG's `spmm` runs on a torch matrix. gather_scatter is message passing over a list of edges, as
+PyG does it with an edge_index: it makes an [edges, f] array.
+
+pytest benchmarks/test_aggregate.py [-k small] [--device cuda] --rows rows.csv
 """
 
 import functools
@@ -8,17 +11,20 @@ import warnings
 
 import pytest
 import torch
-from conftest import report
+from conftest import on_gpu, report
 from graphs import power_law_csr
 
 from vqgnn_kernels import CSR, Rows, aggregate, csr_slice, csr_slice_values, pull_rows, push_rows
 
 F = 128
-SIZES = {"small": (170_000, 2_300_000), "large": (2_000_000, 25_000_000)}  # nodes, edges
+# nodes, edges
+SIZES = {"small": (170_000, 2_300_000), "large": (2_000_000, 25_000_000), "gpu": (2_000_000, 60_000_000)}
 
 
 @functools.lru_cache(maxsize=1)
 def graph(size):
+    if size == "gpu" and not on_gpu():
+        pytest.skip("60M edges are for --device cuda")
     num_nodes, num_edges = SIZES[size]
     rowptr, col, weight = power_law_csr(num_nodes, num_edges)
     with warnings.catch_warnings():
@@ -31,6 +37,10 @@ def graph(size):
 def code_rows(num_nodes, d, num_codes):
     codes = torch.randint(num_codes, (num_nodes, F // d), dtype=torch.int16)
     return Rows("pq", codes.to(torch.uint8) if num_codes <= 256 else codes, None, torch.randn(F // d, num_codes, d))
+
+
+def rows_bytes(rows):
+    return rows.data.nbytes + (0 if rows.scale is None else rows.scale.nbytes)
 
 
 def check(ours, peer):
@@ -47,15 +57,25 @@ def test_codes(versus, request, size, d, num_codes):
     rows, x = code_rows(num_nodes, d, num_codes), torch.empty(0, F)
     decoded = pull_rows(rows, None, F)
     peers = {"decode_then_torch_csr": lambda: matrix @ pull_rows(rows, None, F), "torch_csr": lambda: matrix @ decoded}
+    if on_gpu() or size == "small":
+        row = torch.arange(num_nodes).repeat_interleave(csr.rowptr.diff())
+
+        def gather_scatter():
+            message = decoded.index_select(0, csr.col).mul_(csr.weight[:, None])
+            return torch.zeros_like(decoded).index_add_(0, row, message)
+
+        peers["gather_scatter"] = gather_scatter
 
     def ours():
         return aggregate(x, csr, rows)
 
-    check(ours, peers["torch_csr"])
+    for name in peers.keys() - {"decode_then_torch_csr"}:
+        check(ours, peers[name])
     label = f"n={num_nodes} e={SIZES[size][1]} f={F} d={d} K={num_codes}"
     # every edge's column, weight and codes, and the result once
     moved = csr.col.numel() * (8 + rows.data.nbytes / num_nodes) + decoded.nbytes
-    versus(ours, peers, size=label, rounds=7 if size == "small" else 3, memory=True, moved=moved)
+    rounds, slow = 3 if size == "large" else 7, () if on_gpu() else ("gather_scatter",)
+    versus(ours, peers, size=label, rounds=rounds, slow=slow, slow_rounds=3, memory=True, moved=moved)
     state = rows.data.nbytes + rows.codebook.nbytes
     row = {
         "benchmark": request.node.name,
@@ -88,7 +108,9 @@ def test_rows(versus, size, codec):
 
     check(ours, torch_csr)
     label = f"n={num_nodes} e={SIZES[size][1]} f={F}"
-    versus(ours, {"torch_csr": torch_csr}, size=label, rounds=7 if size == "small" else 3, memory=True)
+    moved = csr.col.numel() * (8 + rows_bytes(rows) / num_nodes) + dense.nbytes
+    rounds = 3 if size == "large" else 7
+    versus(ours, {"torch_csr": torch_csr}, size=label, rounds=rounds, memory=True, moved=moved)
 
 
 def test_batch(versus):

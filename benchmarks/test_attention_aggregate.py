@@ -40,8 +40,6 @@ def timed(forward, leaves, grad):
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
         out = forward(*inputs)
         out.backward(grad)
-        if grad.is_cuda:
-            torch.cuda.synchronize()
         return [out.detach(), *(leaf.grad for leaf in inputs)]
 
     return call
@@ -76,7 +74,7 @@ def test_whole_graph(versus, request, size):
     ours, gat = timed(attend, (x, key, query), grad), timed(pyg, (x, key, query), grad)
     check(ours, gat)
     label = f"n={num_nodes} e={num_edges} heads={HEADS} f={F}"
-    versus(ours, {"pyg_gat_conv": gat}, size=label, rounds=7 if size == "small" else 3, memory=device == "cpu")
+    versus(ours, {"pyg_gat_conv": gat}, size=label, rounds=7 if size == "small" else 3, memory=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -99,19 +97,14 @@ def test_halo_of_codes(versus, request, size):
     key, query = torch.randn(2, num_nodes, HEADS, device=device)
     conv = GATConv(F, F, heads=HEADS)
 
-    def finished(result):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return [result]
-
     def ours():
-        return finished(attention_aggregate(x, matrix, query[:b], key, heads=HEADS, mode="additive", rows=rows)[0])
+        return [attention_aggregate(x, matrix, query[:b], key, heads=HEADS, mode="additive", rows=rows)[0]]
 
     def pyg_gat_conv():
         sizes = (num_nodes, b)
         alpha = conv.edge_updater(edge_index, alpha=(key, query[:b]), edge_attr=None, size=sizes)
-        return finished(conv.propagate(edge_index, x=(source, source[:b]), alpha=alpha, size=sizes))
+        return [conv.propagate(edge_index, x=(source, source[:b]), alpha=alpha, size=sizes)]
 
     check(ours, pyg_gat_conv)
     label = f"b={b} n={num_nodes} e={col.numel()} heads={HEADS} f={F}"
-    versus(ours, {"pyg_gat_conv": pyg_gat_conv}, size=label, rounds=15, memory=device == "cpu")
+    versus(ours, {"pyg_gat_conv": pyg_gat_conv}, size=label, rounds=15, memory=True)

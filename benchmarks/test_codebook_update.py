@@ -2,16 +2,20 @@
 
 The official VQ-GNN allocates an array of distances and a one-hot matrix a branch, so glibc's allocator weighs on it:
 run with MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 too, which takes that away.
+
+pytest benchmarks/test_codebook_update.py [-k small] [--device cuda] --rows rows.csv
 """
 
 import pytest
 import torch
+from conftest import on_gpu
 
 from vqgnn_kernels import codebook_stats, codebook_update, vq_assign, vq_assign_stats
 
 vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
 
 M, DV = 32, 8
+SIZES = {"small": 2_000, "large": 60_000, "gpu": 85_000}  # rows of codebook_update's
 DECAY, EPS = 0.99, 1e-5
 
 
@@ -66,8 +70,11 @@ def copy(state):
 
 
 @pytest.mark.parametrize("K", [256, 1024])
-def test_codebook_update(versus, K):
-    b = 60_000
+@pytest.mark.parametrize("size", SIZES)
+def test_codebook_update(versus, size, K):
+    b = SIZES[size]
+    if size != "small" and (size == "gpu") != on_gpu():
+        pytest.skip(f"{b} rows are for --device {'cpu' if on_gpu() else 'cuda'}")
     v, start = problem(b, K)
     codes = vq_assign(v, start[0])
     wide = codes.long()
@@ -92,15 +99,16 @@ def test_codebook_update(versus, K):
         },
         size=f"b={b} m={M} K={K} dv={DV}",
         rounds=5,
-        slow=("one_hot",),
+        slow=() if on_gpu() else ("one_hot",),
         slow_rounds=2 if K == 256 else 1,
+        memory=on_gpu(),
     )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("K", [256, 1024])
-def test_assign_and_update_one_layer(versus, K):
-    b = 17_000
+@pytest.mark.parametrize("b", [1_000, 17_000], ids=["small", "large"])
+def test_assign_and_update_one_layer(versus, b, K):
     v, start = problem(b, K)
     modules = []
     for codewords in start[0]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import device_name, report
+from conftest import device_name, on_gpu, report
 from epoch_worker import METHODS, adjacency, load_data, new_model, shared_data
 
 import vqgnn
@@ -34,6 +34,8 @@ needs_torch_sparse = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def data():
+    if on_gpu():
+        pytest.skip("on the CPU only; test_step.py is the GPU's")
     return load_data(DATA)
 
 

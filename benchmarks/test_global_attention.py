@@ -8,7 +8,7 @@ from vqgnn_kernels import global_attention
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize(("b", "H", "K", "F"), [(85_000, 4, 256, 32), (85_000, 4, 1024, 32)], ids=str)
+@pytest.mark.parametrize(("b", "H", "K", "F"), [(2_000, 4, 256, 32), (85_000, 4, 256, 32), (85_000, 4, 1024, 32)])
 def test_global_attention(versus, request, b, H, K, F, backward):
     device = request.config.getoption("--device")
     torch.manual_seed(0)
@@ -25,8 +25,6 @@ def test_global_attention(versus, request, b, H, K, F, backward):
     def step(attention):
         out = attention()
         grads = torch.autograd.grad(out, leaves, grad_out) if backward else ()
-        if device == "cuda":
-            torch.cuda.synchronize()
         return out, *grads
 
     def ours():
@@ -37,4 +35,4 @@ def test_global_attention(versus, request, b, H, K, F, backward):
 
     for mine, theirs in zip(ours(), peer(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    versus(ours, {"torch": peer}, size=f"b={b} H={H} K={K} F={F}", rounds=5, memory=device == "cpu")
+    versus(ours, {"torch": peer}, size=f"b={b} H={H} K={K} F={F}", rounds=5, memory=True)

@@ -13,8 +13,10 @@ from graphs import awkward_graph
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
+import vqgnn_kernels as kernels
 from vqgnn import BatchLoader
 from vqgnn.store import NodeStore
+from vqgnn_kernels import CSR, Rows
 
 METHODS = [("vq", "pq:d=4,k=8"), ("lmc", "int8"), ("gas", "fp32"), ("drop", None)]
 METHOD_IDS = [method for method, _ in METHODS]
@@ -109,3 +111,73 @@ def test_a_training_step_does_not_synchronise_cuda(build, method, codec, device)
             step(model, optimizer, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def random_batch(num_rows, num_columns, edges, num_halo, device, weighted):
+    """A CSR with one row of half the edges, so that the Triton kernels split it."""
+    row = torch.where(torch.rand(edges) < 0.5, 0, torch.randint(num_rows, (edges,))).sort().values
+    rowptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=num_rows).cumsum(0)])
+    col, weight = torch.randint(num_columns, (edges,), dtype=torch.int32), torch.rand(edges) if weighted else None
+    return CSR(*(t if t is None else t.to(device) for t in (rowptr, col, weight, torch.arange(num_halo))))
+
+
+def ops_of_a_step(device):
+    """(step, state): the ops of a training step as a function that returns its results and changes `state` in place."""
+    b, h, heads, f, m, K = 50, 30, 2, 8, 2, 16
+    n = b + h
+    codebook, ema_counts = torch.randn(m, K, 2 * f // m, device=device), torch.ones(m, K, device=device)
+    codes, table = torch.zeros(n, m, dtype=torch.uint8, device=device), torch.zeros(n, f, device=device)
+    state = [codebook, ema_counts, codebook.clone(), codes, table]
+    n_id = torch.randperm(n)[:b].to(device)
+    x, g = torch.randn(2, b, f, device=device)
+    key, query = torch.randn(2, n, heads, device=device)
+    stats = torch.randn(h, 2, heads, device=device)
+    weighted, plain = (random_batch(b, n, 3000, h, device, weighted) for weighted in (True, False))
+
+    def step():
+        v = torch.cat([x.view(b, m, -1), g.view(b, m, -1)], 2).view(b, -1)
+        new_codes, counts, sums = kernels.vq_assign_stats(v, codebook)
+        kernels.codebook_update(*state[:3], counts, sums, 0.9, v=v, revive_below=0.1, seed=3)
+        values = codebook[..., : f // m].contiguous()
+        stored = Rows("pq", codes, None, values)
+        kernels.push_rows(stored, n_id, new_codes)
+        kernels.push_rows(Rows("fp32", table), n_id, x)
+        leaves = [t.detach().requires_grad_() for t in (x, key, query)]
+        messages = kernels.aggregate(leaves[0], weighted, stored, weighted, Rows("fp32", table))
+        attended, _ = kernels.attention_aggregate(
+            leaves[0], plain, leaves[2], leaves[1], heads=heads, mode="additive", rows=stored, csr_t=plain,
+            grad_rows=Rows("fp32", table), halo_stats=stats, dropout=0.2, seed=5,
+        )  # fmt: skip
+        loss = (messages * g).sum() + (attended.flatten(1) * g).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        return [messages.detach(), attended.detach(), *gradients, kernels.pull_rows(stored, n_id, f)]
+
+    return step, state
+
+
+def test_the_ops_of_a_step_run_in_a_cuda_graph(device):
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    step, state = ops_of_a_step(device)
+    start = [tensor.clone() for tensor in state]
+
+    def restore():
+        for tensor, value in zip(state, start, strict=True):
+            tensor.copy_(value)
+
+    want = [*step(), *(tensor.clone() for tensor in state)]  # compiles the kernels
+    stream = torch.cuda.Stream()  # torch's rule: a warm-up on another stream before the capture
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for _ in range(2):  # a replay needs nothing that the one before it left
+        restore()
+        for tensor in results:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close([*results, *state], want, atol=1e-4, rtol=1e-4)  # sums by atomics vary a little

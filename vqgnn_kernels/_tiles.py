@@ -80,13 +80,11 @@ TILES["codebook_update_kernel"] = (
 # whose 512 bytes of codewords come from L1/L2. Rows are limited by DRAM, codes by the latency of dependent loads and by
 # L1. Both want edges in flight: blocks of edges small enough for a dozen warps and more on an SM. A program is one
 # warp, so that a short row wastes little and that, lanes spanning the features, edges are summed inside a thread.
-_AGGREGATE = (
+TILES["aggregate_fwd_kernel"] = (
     Tile({"BLOCK_E": 32, "BLOCK_F": 32}, 1, 1, lambda sizes: sizes["f"] <= 32, "latency: a warp waits for 32 edges"),
     Tile({"BLOCK_E": 8, "BLOCK_F": 64}, 1, 1, lambda sizes: sizes["f"] <= 64, "registers, where an odd f loads singly"),
     Tile({"BLOCK_E": 8, "BLOCK_F": 128}, 1, 1, why="registers: 16 edges take 250 with codes, and spill with int4"),
 )
-TILES["aggregate_fwd_kernel"] = _AGGREGATE
-TILES["aggregate_chunk_kernel"] = _AGGREGATE
 
 # store_io: all limited by memory (or by PCIe, where the table is pinned). 8 values a thread keep most kernels at 32
 # registers, so that the SM is full of loads; 16 spill in pull_rows. Short rows lie side by side: fewer idle lanes.
@@ -111,15 +109,24 @@ TILES["csr_slice_relabel_kernel"] = (
 
 # attention_aggregate: a program walks through one row's edges for one head. Typical rows have 5-30 edges, so short
 # blocks of edges and few warps, and many programs on a multiprocessor hide the chain rowptr, col, code, codeword.
-for _name in ("attention_aggregate_fwd_kernel", "attention_aggregate_bwd_rows_kernel"):
-    TILES[_name] = (
-        Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 64, "latency: one warp, so its sums need no shared memory"),
-        Tile({"BLOCK_E": 16}, 4, 1, lambda s: s["F"] <= 256, "registers: an array of [16, 256] takes 32 a thread"),
-        Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
-    )
+_ATTENTION = (
+    Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 32, "latency: one warp, so its sums need no shared memory"),
+    Tile({"BLOCK_E": 8}, 1, 1, lambda s: s["F"] <= 64, "registers, where an odd F loads singly; 16 edges spill"),
+)
+_WIDE_ROWS = Tile({"BLOCK_E": 8}, 4, 1, lambda s: s["F"] <= 256, "registers: three arrays; 16 edges spill on sm_100")
+TILES["attention_aggregate_fwd_kernel"] = (
+    *_ATTENTION,
+    Tile({"BLOCK_E": 4}, 2, 1, lambda s: s["F"] <= 256, "registers: 8 edges by 4 warps spill under Triton 3.6"),
+    Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
+)
+TILES["attention_aggregate_bwd_rows_kernel"] = (
+    *_ATTENTION,
+    _WIDE_ROWS,
+    Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
+)
 TILES["attention_aggregate_bwd_columns_kernel"] = (
-    Tile({"BLOCK_E": 16}, 1, 1, lambda s: s["F"] <= 64, "latency: one warp, so its sums need no shared memory"),
-    Tile({"BLOCK_E": 8}, 4, 1, lambda s: s["F"] <= 256, "registers: gradients and queries; 16 edges spill on sm_100"),
+    *_ATTENTION,
+    _WIDE_ROWS,
     Tile({"BLOCK_E": 2}, 8, 1, why="registers: two arrays of 16 a thread each at F = 2048; 4 edges spill"),
 )
 TILES["code_scores_kernel"] = (

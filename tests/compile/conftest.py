@@ -124,11 +124,10 @@ def compiled(monkeypatch, request):
             assert all(programs >= 0 for programs in grid(tile.blocks))
             for arch in ARCHITECTURES:
                 key = (case, name, str(_tiles.TILES[name].index(tile)), str(arch))
-                if key in used:
-                    continue
                 figures = compile_launch(kernel, arguments, tile, arch)
                 spilt = figures.pop("spilt_bytes")
-                used[key] = figures
+                # of several launches, such as the two passes over long rows, the largest
+                used[key] = {name: max(value, used.get(key, {}).get(name, 0)) for name, value in figures.items()}
                 if spilt:
                     wrong.append(f"{key} spills {spilt} bytes")
         if os.environ.get("VQGNN_WRITE_BUDGET") == "1":

@@ -20,9 +20,9 @@ def rows(codec, width, d=4, num_codes=256):
 
 
 def step(mode, heads, features, split, table, grad_table, dtype, dropout):
-    """Forward and backward of a batch of 32 rows with 32 halo entries."""
+    """Forward and backward of a batch of 32 rows with 32 halo entries and enough edges for two chunks."""
     r = h = 32
-    rowptr, col, halo = torch.arange(r + 1) * 4, torch.zeros(4 * r, dtype=torch.int32), torch.arange(h)
+    rowptr, col, halo = torch.arange(r + 1) * 32, torch.zeros(32 * r, dtype=torch.int32), torch.arange(h)
     csr = CSR(rowptr, col, None, halo)
     shape = (heads,) if mode == "additive" else (heads, features)
     x = torch.zeros(r, heads * features if split else features, dtype=dtype, requires_grad=True)

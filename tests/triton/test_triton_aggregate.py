@@ -5,7 +5,7 @@ import torch
 from test_aggregate import CODECS, random_csr, random_rows
 from test_aggregate import check as cpu_check
 
-from vqgnn_kernels import CSR, Rows, _tiles, aggregate
+from vqgnn_kernels import CSR, Rows, _chunks, _tiles, aggregate
 from vqgnn_kernels.aggregate import _flat, reference
 
 OTHER = dict(zip(CODECS, CODECS[1:] + CODECS[:1], strict=True))  # the backward's table has another codec
@@ -14,13 +14,11 @@ OTHER = dict(zip(CODECS, CODECS[1:] + CODECS[:1], strict=True))  # the backward'
 @pytest.fixture
 def split(monkeypatch):
     """Sets the length from which on rows are split."""
-    kernels = importlib.import_module("vqgnn_kernels.aggregate.triton")
-    return lambda size: monkeypatch.setattr(kernels, "SPLIT", size)
+    return lambda size: monkeypatch.setattr(_chunks, "CHUNK", size)
 
 
 def use_tile(monkeypatch, **blocks):
-    for kernel in ("aggregate_fwd_kernel", "aggregate_chunk_kernel"):
-        monkeypatch.setitem(_tiles.TILES, kernel, (_tiles.Tile(blocks, 1, 1, why="test"),))
+    monkeypatch.setitem(_tiles.TILES, "aggregate_fwd_kernel", (_tiles.Tile(blocks, 1, 1, why="test"),))
 
 
 def to(device, bundle):

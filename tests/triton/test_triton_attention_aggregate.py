@@ -5,7 +5,7 @@ import torch
 from test_aggregate import random_rows as cpu_rows
 from test_triton_aggregate import to
 
-from vqgnn_kernels import CSR, _tiles, attention_aggregate, code_scores
+from vqgnn_kernels import CSR, _chunks, _tiles, attention_aggregate, code_scores
 from vqgnn_kernels.attention_aggregate import reference as truth
 
 TABLE = 20
@@ -44,11 +44,12 @@ def check(
     key = torch.randn(b + h, heads, device=device, requires_grad=True) if mode == "additive" else None
     attention = torch.randn(heads, features, device=device, requires_grad=True) if mode == "gatv2" else None
     stats = torch.randn(h_t, 2, heads, device=device) + 3 if grad_rows else None
+    seed = torch.tensor(2**32 - 7, device=device)
     out, lse = attention_aggregate(
         x, csr, query, key, heads=heads, mode=mode, split=split, rows=rows, csr_t=csr_t, grad_rows=grad_rows,
-        halo_stats=stats, attention=attention, dropout=dropout, seed=2**32 - 7, **OPTIONS,
+        halo_stats=stats, attention=attention, dropout=dropout, seed=seed, **OPTIONS,
     )  # fmt: skip
-    options = (mode, heads, split, *OPTIONS.values(), dropout, 2**32 - 7)
+    options = (mode, heads, split, *OPTIONS.values(), dropout, seed)
     with torch.no_grad():
         want, want_lse = truth.forward(x, csr, rows, query, key, attention, *options)
     assert out.dtype == dtype and lse.dtype == torch.float32
@@ -101,12 +102,31 @@ def test_no_halo_map(device):
     check(device, "additive", True, "fp32", 4, halo=False)
 
 
-@pytest.mark.parametrize("mode", ["additive", "gatv2"])
-def test_long_rows_and_many_heads(device, mode):
-    check(device, mode, True, "pq8", 4, heads=3, r=2, b=2, edges=80, dropout=0.2, tolerance=1e-3)
+@pytest.mark.parametrize(("mode", "split"), [("additive", True), ("gatv2", True), ("additive", False), ("dot", False)])
+def test_split_rows(device, monkeypatch, mode, split):
+    """Rows of some 10 edges: parts before and after their chunks, and chunks that two rows share."""
+    monkeypatch.setattr(_chunks, "CHUNK", 4)
+    check(device, mode, split, "pq8", 5, r=4, b=3, edges=30, dropout=0.2, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("features", [70, 300])
+def test_row_longer_than_the_shipped_chunk(device, monkeypatch):
+    for kernel in ("fwd", "bwd_rows", "bwd_columns"):
+        tile = _tiles.Tile({"BLOCK_E": 128}, why="test")
+        monkeypatch.setitem(_tiles.TILES, f"attention_aggregate_{kernel}_kernel", (tile,))
+    check(device, "gatv2", True, "int8", 4, heads=1, r=1, b=1, edges=1100, grad_codec="int8", tolerance=1e-2)
+
+
+def test_a_chunk_of_skipped_edges(device, monkeypatch):
+    monkeypatch.setattr(_chunks, "CHUNK", 4)
+    x, query = torch.randn(2, 4, device=device), torch.randn(2, 1, 4, device=device)
+    rowptr = torch.tensor([0, 14, 30], device=device)
+    col = torch.tensor([-1] * 8 + [0, 1, 0, 1, 1, 0] + [-1] * 16, dtype=torch.int32, device=device)
+    got = attention_aggregate(x, CSR(rowptr, col), query, heads=1, mode="dot")
+    good = CSR(torch.tensor([0, 6, 6], device=device), col[8:14])
+    torch.testing.assert_close(got, attention_aggregate(x, good, query, heads=1, mode="dot"))
+
+
+@pytest.mark.parametrize("features", [40, 70, 300])
 def test_every_shipped_tile(device, features):
     check(device, "dot", True, "int8", features, heads=1, r=2, b=2, edges=21, tolerance=1e-3)
 

@@ -1,7 +1,7 @@
 """The Triton back-end of attention_aggregate.
 
-A program takes one head of one row and walks through the row's edges, BLOCK_E at a time: a row of very many edges is
-one program's work (a limit: such a row is not split over programs). Edges whose column is out of range are skipped.
+A program takes one head of one row, or of one chunk of a long row, and walks through its edges, BLOCK_E at a time.
+Edges whose column is out of range are skipped.
 """
 
 import math
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _chunks, _triton
+from .._chunks import chunk_sum, edge_block, span
 from .._decode import _clamp_code, _dequantise, load_state, table_arguments
 from .._types import CSR, Rows
 
@@ -22,21 +23,27 @@ def forward(
     x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    num_rows, features = csr.rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
-    out = x.new_empty(num_rows, heads, features)
-    lse = x.new_empty(num_rows, heads, dtype=torch.float32)
-    _triton.launch(
+    num_rows, num_chunks = csr.rowptr.shape[0] - 1, _chunks.num_chunks(csr)
+    features = x.shape[1] // heads if split else x.shape[1]
+
+    def new(count, dtype):
+        out, lse = x.new_empty(count, heads, features, dtype=dtype), x.new_empty(count, heads, dtype=torch.float32)
+        return {"p_out": out, "p_lse": lse}
+
+    results = new(num_rows, x.dtype)
+    _chunks.launch(
         attention_aggregate_fwd_kernel,
-        lambda blocks: (num_rows * heads,),
+        lambda count, blocks: (count * heads,),
         {
             "p_x": x.contiguous(), "b": x.shape[0],
             **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
-            "p_out": out, "p_lse": lse, "SPLIT": split,
+            "SPLIT": split,
         },
         {"F": features},
-        pure=True,
+        chunks=(num_chunks, new(num_chunks, torch.float32)),
+        rows=(num_rows, results),
     )  # fmt: skip
-    return out, lse
+    return results["p_out"], results["p_lse"]
 
 
 def backward_rows(
@@ -44,24 +51,31 @@ def backward_rows(
     query: Tensor, key: Tensor | None, attention: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    num_rows, features = grad_out.shape[0], grad_out.shape[2]
+    num_rows, num_chunks, features = grad_out.shape[0], _chunks.num_chunks(csr), grad_out.shape[2]
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
     programs = triton.cdiv(num_rows, each)
-    grad_query = query.new_empty(num_rows, *query.shape[1:])
-    partial = query.new_empty(programs, heads, features) if mode == "gatv2" else None
-    _triton.launch(
+
+    def new(count, programs):
+        partial = query.new_empty(programs, heads, features) if mode == "gatv2" else None
+        return {"p_grad_query": query.new_empty(count, *query.shape[1:]), "p_partial": partial}
+
+    results, by_chunk = new(num_rows, programs), new(num_chunks, num_chunks)
+    _chunks.launch(
         attention_aggregate_bwd_rows_kernel,
-        lambda blocks: (programs * heads,),
+        lambda count, blocks: (count * heads,),
         {
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(),
             "p_x": x.contiguous(), "b": x.shape[0],
             **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
-            "p_grad_query": grad_query, "p_partial": partial, "num_rows": num_rows, "SPLIT": split, "ROWS": each,
+            "SPLIT": split,
         },
         {"F": features},
-        pure=True,
+        chunks=(num_chunks, by_chunk | {"ROWS": 1}),
+        rows=(programs, results | {"ROWS": each}),
     )  # fmt: skip
-    return grad_query, None if partial is None else partial.sum(0)
+    if mode != "gatv2":
+        return results["p_grad_query"], None
+    return results["p_grad_query"], results["p_partial"].sum(0) + by_chunk["p_partial"].sum(0)
 
 
 def backward_columns(
@@ -69,25 +83,30 @@ def backward_columns(
     query: Tensor, key: Tensor | None, attention: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    (r, _, features), b = grad_out.shape, x.shape[0]
-    grad_x = x.new_empty(x.shape)
-    grad_key = None if key is None else key.new_empty(b, heads)
+    (r, _, features), b, num_chunks = grad_out.shape, x.shape[0], _chunks.num_chunks(csr_t)
     each = 1 if split else heads  # heads that share a row of x, and so a program
-    _triton.launch(
+
+    def new(count, dtype):
+        grad_key = None if key is None else key.new_empty(count, heads)
+        return {"p_grad_x": x.new_empty(count, x.shape[1], dtype=dtype), "p_grad_key": grad_key}
+
+    results = new(b, x.dtype)
+    _chunks.launch(
         attention_aggregate_bwd_columns_kernel,
-        lambda blocks: (b * heads // each,),
+        lambda count, blocks: (count * heads // each,),
         {
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(), "b": r,
             "p_x": x.contiguous(), "p_stats": None if halo_stats is None else halo_stats.contiguous(),
             **_arguments(
                 csr_t, grad_rows, query, key, attention, mode, heads, features, True, slope, scale, dropout, seed
             ),
-            "p_grad_x": grad_x, "p_grad_key": grad_key, "SPLIT": split,
+            "SPLIT": split,
         },
         {"F": features},
-        pure=True,
+        chunks=(num_chunks, new(num_chunks, torch.float32)),
+        rows=(b, results),
     )  # fmt: skip
-    return grad_x, grad_key
+    return results["p_grad_x"], results["p_grad_key"]
 
 
 def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
@@ -114,12 +133,15 @@ def _arguments(csr, rows, query, key, attention, mode, heads, features, split, s
     halo = None if csr.halo is None else csr.halo.contiguous()
     num_halo = 0 if rows is None else (rows.data if halo is None else halo).shape[0]
     return {
-        "p_rowptr": csr.rowptr.contiguous(), "p_col": csr.col.contiguous(), "num_edges": csr.col.shape[0],
+        "p_rowptr": csr.rowptr.contiguous(), "p_col": csr.col.contiguous(),
+        "num_rows": csr.rowptr.shape[0] - 1, "num_edges": csr.col.shape[0],
         "p_halo": halo, "num_halo": num_halo, **table_arguments(rows),
         "p_query": query.contiguous(), "p_key": None if key is None else key.contiguous(),
         "p_attention": None if attention is None else attention.contiguous(),
         "slope": slope, "score_scale": scale,
-        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)), "seed": _signed(int(seed) & 0xFFFFFFFF),
+        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)),
+        # in memory: a CUDA graph can draw it anew, and no value of it compiles a kernel again
+        "p_seed": seed,
         "kept_scale": 1 / (1 - dropout),
         "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
         "BLOCK_F": block,
@@ -144,7 +166,7 @@ def _mix(z):
 @triton.jit
 def _dropout(seed, threshold, kept_scale, i, j, head):
     """m_ijh / (1 - dropout)."""
-    z = _mix(seed.to(tl.uint32, bitcast=True))
+    z = _mix(seed.to(tl.uint32))
     z = _mix((z ^ i).to(tl.uint32))  # loop variables, so i and head too, are plain ints in the interpreter
     z = _mix((z ^ j).to(tl.uint32))
     z = _mix((z ^ head).to(tl.uint32))
@@ -152,18 +174,13 @@ def _dropout(seed, threshold, kept_scale, i, j, head):
 
 
 @triton.jit
-def _row_edges(p_rowptr, p_col, row, num_rows, num_edges):
-    """(first column, number of edges) of a row, inside p_col even if rowptr is wrong; no edges beyond the last row."""
-    begin = tl.maximum(tl.load(p_rowptr + row, mask=row < num_rows, other=0), 0)
-    end = tl.minimum(tl.load(p_rowptr + row + 1, mask=row < num_rows, other=0), num_edges)
-    return p_col + begin, (end - begin).to(tl.int32)
-
-
-@triton.jit
-def _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC: tl.constexpr, BLOCK_E: tl.constexpr):
+def _columns(
+    p_col, p_halo, start, begin, count, first_chunk, last_chunk, b, num_halo, num_table,
+    CODEC: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """Of BLOCK_E edges: column, its row of the table, whether it is of the batch, whether it is a stored one."""
-    edge = start + tl.arange(0, BLOCK_E)
-    col = tl.load(p_edge + edge, mask=edge < degree, other=-1).to(tl.int64)
+    edge, m_edge = edge_block(start, begin, count, first_chunk, last_chunk, CHUNK, BLOCK_E)
+    col = tl.load(p_col + edge, mask=m_edge, other=-1).to(tl.int64)
     m_batch = (col >= 0) & (col < b)
     if CODEC == "none":
         return col, col, m_batch, m_batch & False
@@ -216,19 +233,39 @@ def _values(
 
 
 @triton.jit
+def _chunk_scalar(p_chunk, first_chunk, last_chunk, stride, BLOCK_E: tl.constexpr):
+    """chunk_sum of a single column."""
+    column = tl.arange(0, 1)
+    return tl.sum(chunk_sum(p_chunk, first_chunk, last_chunk, stride, column, column == 0, BLOCK_E), 0)
+
+
+@triton.jit
 def _leaky(inner, slope):
     return tl.where(inner > 0, inner, inner * slope)
 
 
 @triton.jit
+def _softmax_step(top, total, acc, score, kept, value):
+    """Edges of some score and value join the running maximum and sums."""
+    new_top = tl.maximum(top, tl.max(score, 0))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # all skipped so far: -inf - -inf would be NaN
+    p = tl.exp(score - shift)
+    shrink = tl.exp(top - shift)
+    return new_top, total * shrink + tl.sum(p, 0), acc * shrink + tl.sum((p * kept)[:, None] * value, 0)
+
+
+@triton.jit
 def attention_aggregate_fwd_kernel(
-    p_x, b, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
-    p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale, p_out, p_lse,
+    p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
+    p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    p_out, p_lse, p_chunk_out, p_chunk_lse,
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    i = (tl.program_id(0) // H).to(tl.int64)
+    program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
+    i, begin, count, first_chunk, last_chunk = span(p_rowptr, program, num_rows, num_edges, PASS, CHUNK)
     first = head * F if SPLIT else 0
     stride = H * F if SPLIT else F
     feature = tl.arange(0, BLOCK_F)
@@ -240,12 +277,15 @@ def attention_aggregate_fwd_kernel(
     if MODE == "gatv2":
         attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)[None, :]
 
+    if DROPOUT:
+        seed = tl.load(p_seed)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BLOCK_F], tl.float32)
-    p_edge, degree = _row_edges(p_rowptr, p_col, i, i + 1, num_edges)
-    for start in range(0, degree, BLOCK_E):
-        col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+    for start in range(0, count, BLOCK_E):
+        col, row, m_batch, m_halo = _columns(
+            p_col, p_halo, start, begin, count, first_chunk, last_chunk, b, num_halo, num_table, CODEC, CHUNK, BLOCK_E
+        )
         m_edge = m_batch | m_halo
         value = _values(
             p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
@@ -258,28 +298,34 @@ def attention_aggregate_fwd_kernel(
         else:
             score = tl.sum(attention * _leaky(value + query, slope), 1)
         score = tl.where(m_edge, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # all skipped so far: -inf - -inf would be NaN
-        p = tl.exp(score - shift)
-        shrink = tl.exp(top - shift)
-        total = total * shrink + tl.sum(p, 0)
+        kept = 1.0
         if DROPOUT:
-            p *= _dropout(seed, threshold, kept_scale, i, col, head)
-        acc = acc * shrink + tl.sum(p[:, None] * value, 0)
-        top = new_top
+            kept = _dropout(seed, threshold, kept_scale, i, col, head)
+        top, total, acc = _softmax_step(top, total, acc, score, kept, value)
+    if PASS == "rows":  # a chunk is an edge whose score is its lse and whose value is its out
+        for start in range(first_chunk, last_chunk, BLOCK_E):
+            chunk = start + tl.arange(0, BLOCK_E)
+            m_chunk = chunk < last_chunk
+            position = chunk * H + head
+            score = tl.load(p_chunk_lse + position, mask=m_chunk, other=float("-inf"))
+            p_value = p_chunk_out + (position * F)[:, None] + feature[None, :]
+            value = tl.load(p_value, mask=m_chunk[:, None] & m_feature[None, :], other=0.0)
+            top, total, acc = _softmax_step(top, total, acc, score, 1.0, value)
     # An empty row: 0 and -inf.
-    tl.store(p_lse + i * H + head, top + tl.log(tl.where(total == 0.0, 1.0, total)))
+    position = program * H + head
+    tl.store(p_lse + position, top + tl.log(tl.where(total == 0.0, 1.0, total)))
     out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_out + (i * H + head) * F + feature, out.to(p_out.dtype.element_ty), mask=m_feature)
+    tl.store(p_out + position * F + feature, out.to(p_out.dtype.element_ty), mask=m_feature)
 
 
 @triton.jit
 def attention_aggregate_bwd_rows_kernel(
-    p_grad, p_delta, p_lse, p_x, b, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook,
-    num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale,
-    p_grad_query, p_partial, num_rows,
+    p_grad, p_delta, p_lse, p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook,
+    num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    p_grad_query, p_partial, p_chunk_grad_query, p_chunk_partial,  # the last one: its sum is the host's
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -291,8 +337,11 @@ def attention_aggregate_bwd_rows_kernel(
         attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
         grad_attention = tl.zeros([BLOCK_F], tl.float32)
 
+    if DROPOUT:
+        seed = tl.load(p_seed)
     for each in range(ROWS):
-        i = program * ROWS + each
+        at = program * ROWS + each
+        i, begin, count, first_chunk, last_chunk = span(p_rowptr, at, num_rows, num_edges, PASS, CHUNK)
         m_row = i < num_rows
         m_out = feature < tl.where(m_row, F, 0)
         position = i * H + head
@@ -305,9 +354,22 @@ def attention_aggregate_bwd_rows_kernel(
         grad = tl.load(p_grad + position * F + feature, mask=m_out, other=0.0).to(tl.float32)
         delta = tl.load(p_delta + position, mask=m_row, other=0.0)
         lse = tl.load(p_lse + position, mask=m_row, other=0.0)
-        p_edge, degree = _row_edges(p_rowptr, p_col, i, num_rows, num_edges)
-        for start in range(0, degree, BLOCK_E):
-            col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+        for start in range(0, count, BLOCK_E):
+            col, row, m_batch, m_halo = _columns(
+                p_col,
+                p_halo,
+                start,
+                begin,
+                count,
+                first_chunk,
+                last_chunk,
+                b,
+                num_halo,
+                num_table,
+                CODEC,
+                CHUNK,
+                BLOCK_E,
+            )
             m_edge = m_batch | m_halo
             value = _values(
                 p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
@@ -334,36 +396,45 @@ def attention_aggregate_bwd_rows_kernel(
                 slopes = tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None])
                 grad_query += tl.sum(slopes, 0)
                 grad_attention += tl.sum(slopes * inner, 0)
+        position = at * H + head
         if MODE == "additive":
+            if PASS == "rows":
+                grad_query += _chunk_scalar(p_chunk_grad_query + head, first_chunk, last_chunk, H, BLOCK_E)
             tl.store(p_grad_query + position, grad_query, mask=m_row)
-        elif MODE == "dot":
-            tl.store(p_grad_query + position * F + feature, grad_query * score_scale, mask=m_out)
         else:
-            tl.store(p_grad_query + position * F + feature, grad_query * attention, mask=m_out)
+            grad_query *= score_scale if MODE == "dot" else attention
+            if PASS == "rows":
+                p_chunk = p_chunk_grad_query + head * F
+                grad_query += chunk_sum(p_chunk, first_chunk, last_chunk, H * F, feature, m_feature, BLOCK_E)
+            tl.store(p_grad_query + position * F + feature, grad_query, mask=m_out)
     if MODE == "gatv2":
         tl.store(p_partial + (program * H + head) * F + feature, grad_attention, mask=m_feature)
 
 
 @triton.jit
 def attention_aggregate_bwd_columns_kernel(
-    p_grad, p_delta, p_lse, b, p_x, p_stats, p_rowptr, p_col, num_edges, p_halo, num_halo, p_data, p_scale,
-    p_codebook, num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, seed, kept_scale,
-    p_grad_x, p_grad_key,
+    p_grad, p_delta, p_lse, b, p_x, p_stats, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale,
+    p_codebook, num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    p_grad_x, p_grad_key, p_chunk_grad_x, p_chunk_grad_key,
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Row j of the transposed matrix: its edges are the destinations i that read x_j; columns < b are the batch's."""
     HEADS: tl.constexpr = 1 if SPLIT else H
-    j = (tl.program_id(0) // (H // HEADS)).to(tl.int64)
+    program = (tl.program_id(0) // (H // HEADS)).to(tl.int64)
     first_head = tl.program_id(0) % (H // HEADS)
-    p_x += j * F * (H // HEADS) + first_head * F
-    p_grad_x += j * F * (H // HEADS) + first_head * F
+    j, begin, count, first_chunk, last_chunk = span(p_rowptr, program, num_rows, num_edges, PASS, CHUNK)
+    width_x = F * (H // HEADS)
+    p_x += j * width_x + first_head * F
+    p_grad_x += program * width_x + first_head * F
     feature = tl.arange(0, BLOCK_F)
     m_feature = feature < F
     x = tl.load(p_x + feature, mask=m_feature, other=0.0).to(tl.float32)[None, :]
     grad_x = tl.zeros([BLOCK_F], tl.float32)
-    p_edge, degree = _row_edges(p_rowptr, p_col, j, j + 1, num_edges)
 
+    if DROPOUT:
+        seed = tl.load(p_seed)
     for each in range(HEADS):
         head = first_head + each
         if MODE == "additive":
@@ -373,8 +444,22 @@ def attention_aggregate_bwd_columns_kernel(
             by_score = tl.zeros([BLOCK_F], tl.float32)
         if MODE == "gatv2":
             attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
-        for start in range(0, degree, BLOCK_E):
-            col, row, m_batch, m_halo = _columns(p_edge, p_halo, start, degree, b, num_halo, num_table, CODEC, BLOCK_E)
+        for start in range(0, count, BLOCK_E):
+            col, row, m_batch, m_halo = _columns(
+                p_col,
+                p_halo,
+                start,
+                begin,
+                count,
+                first_chunk,
+                last_chunk,
+                b,
+                num_halo,
+                num_table,
+                CODEC,
+                CHUNK,
+                BLOCK_E,
+            )
             m_edge = m_batch | m_halo
             grad = _values(
                 p_grad, H * F, head * F, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
@@ -398,7 +483,7 @@ def attention_aggregate_bwd_columns_kernel(
                 else:
                     inner = x + query
                     score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
-            p = tl.exp(tl.where(m_edge, score - lse, float("-inf")))
+            p = tl.exp(tl.where(m_edge, tl.minimum(score - lse, 0.0), float("-inf")))  # a stored lse may be stale
             by_weight = tl.sum(grad * x, 1)
             weight = p
             if DROPOUT:
@@ -414,11 +499,16 @@ def attention_aggregate_bwd_columns_kernel(
             else:
                 by_score += tl.sum(tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None]), 0)
         if MODE == "additive":
-            tl.store(p_grad_key + j * H + head, grad_key)
+            if PASS == "rows":
+                grad_key += _chunk_scalar(p_chunk_grad_key + head, first_chunk, last_chunk, H, BLOCK_E)
+            tl.store(p_grad_key + program * H + head, grad_key)
         elif MODE == "dot":
             grad_x += by_score * score_scale
         else:
             grad_x += by_score * attention
+    if PASS == "rows":
+        p_chunk = p_chunk_grad_x + first_head * F
+        grad_x += chunk_sum(p_chunk, first_chunk, last_chunk, width_x, feature, m_feature, BLOCK_E)
     tl.store(p_grad_x + feature, grad_x.to(p_grad_x.dtype.element_ty), mask=m_feature)
 
 
