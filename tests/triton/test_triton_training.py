@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import awkward_graph
-from torch_geometric.nn.models import GCN
+from torch_geometric.nn.models import GAT, GCN
 
 import vqgnn
 
 
 def train(model, data, method, codec):
     torch.manual_seed(0)
-    vqgnn.convert(model, data, method=method, codec=codec)
+    vqgnn.convert(model, data, method=method, codec=codec, grad=method != "gas")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # Adam would blow up a rounding of a zero
     losses = []
     for _ in range(2):
@@ -26,10 +26,13 @@ def train(model, data, method, codec):
     return losses, vqgnn.inference.layerwise(model, data)
 
 
-@pytest.mark.parametrize(("method", "codec"), [("vq", "pq:d=4,k=8"), ("lmc", "int8"), ("gas", "fp16")])
-def test_training_has_the_references_losses(method, codec, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "method", "codec"),
+    [(GCN, "vq", "pq:d=4,k=8"), (GCN, "lmc", "int8"), (GCN, "gas", "fp16"), (GAT, "vq", "pq:d=4,k=8")],
+)
+def test_training_has_the_references_losses(build, method, codec, device, monkeypatch):
     torch.manual_seed(0)
-    model = GCN(6, 8, 2, 3, norm="batch_norm").to(device)
+    model = build(6, 8, 2, 3, norm="batch_norm").to(device)
     data = awkward_graph().to(device)
     ours = train(copy.deepcopy(model), data, method, codec)
     monkeypatch.setenv("VQGNN_BACKEND", "reference")
