@@ -201,14 +201,15 @@ def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
 @pytest.mark.parametrize("method", ["vq", "lmc"])
-def test_autocast_keeps_the_state_in_fp32(build, method, data):
+def test_autocast_keeps_the_state_in_fp32(build, method, dtype, data):
     codec = "pq:d=4,k=8" if method == "vq" else "fp32"
-    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method=method, codec=codec)
+    model = vqgnn.convert(build(6, 8, 3, 3, norm="batch_norm"), data, method=method, codec=codec, grad=True)
     exact = copy.deepcopy(model)
     batch = next(iter(vqgnn.BatchLoader(data, batch_size=20, prefetch=0)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         loss = step(model, batch.x, batch.graph, batch.y)
     loss.backward()
     expected = step(exact, batch.x, batch.graph, batch.y)
