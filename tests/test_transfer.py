@@ -457,7 +457,7 @@ def test_waiting_releases_the_gil_and_sleeps(cuda, stream):
     assert (native.kept[0] == 1).all()
 
 
-def test_the_tensors_of_a_transfer_under_way_stay():
+def test_the_memory_of_a_transfer_under_way_stays():
     class Slow:
         """A native engine that is never done."""
 
@@ -467,9 +467,9 @@ def test_the_tensors_of_a_transfer_under_way_stay():
     engine = TransferEngine()
     number = engine.add_table(torch.zeros(3, 4))
     engine._native, native = Slow(), engine._native
-    src = torch.zeros(3, 4)
+    src = np.zeros((3, 4), dtype=np.float32)
     seen = weakref.ref(src)
-    engine.push(number, IDS, src)
+    engine.push(number, IDS, torch.from_numpy(src))
     del src
     gc.collect()
     assert seen() is not None
