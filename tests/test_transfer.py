@@ -398,6 +398,19 @@ def test_an_error_of_the_driver_reaches_the_caller_and_nothing_is_left(cuda, str
     assert three_steps(cuda, stream, pin=False) == []
 
 
+def test_after_an_error_no_copy_still_writes(cuda, stream):
+    native = Native(device=0)
+    table = native.add_table(torch.ones(500, 8))
+    stream.close_gate()
+    cuda.fake_fail(b"cuEventRecord", 2)  # the second is behind the first copy, which waits for the stream
+    threading.Timer(0.3, stream.open).start()
+    pull = native.pull(table, torch.arange(500), torch.empty(500, 8), stream.handle)
+    with pytest.raises(RuntimeError, match="pull from table 0: cuEventRecord failed"):
+        native.wait(pull)
+    assert stream.gate.is_set()  # its memory is the caller's again: the copy is over
+    cuda.fake_fail(b"", 0)
+
+
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
