@@ -147,6 +147,41 @@ def test_host(versus, operation, row_bytes):
         versus(ours, peers, size=f"n=1M k=100k row={row_bytes} B", rounds=15, moved=2 * n_id.shape[0] * row_bytes)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_host_overlap(versus, one_thread, tmp_path):
+    """A pull from a mapped file on one thread while torch multiplies on another: against one after the other."""
+    size = 1_000_000 * 128
+    table = torch.from_file(str(tmp_path / "rows"), shared=True, size=size).view(-1, 128).fill_(1)  # 512 MB, cached
+    n_id, out = torch.randperm(1_000_000, **HOST)[:100_000], torch.empty(100_000, 128, **HOST)
+    a, b = torch.randn(1000, 1000, **HOST), torch.randn(1000, 1000, **HOST)
+
+    def compute():
+        return a @ b
+
+    with TransferEngine(1) as engine:
+        number = engine.add_table(table)
+
+        def ours():
+            ticket = engine.pull(number, n_id, out)
+            compute()
+            ticket.wait()
+
+        peers = {
+            "serial": lambda: (torch.index_select(table, 0, n_id, out=out), compute()),
+            "pull_alone": lambda: engine.pull(number, n_id, out).wait(),
+            "compute_alone": compute,
+        }
+        assert torch.equal(engine.pull(number, n_id, out).wait(), table[n_id])
+        versus(ours, peers, size="n=1M k=100k row=512 B, (1000 x 1000)^2", rounds=15)
+
+
 @pytest.mark.parametrize("row_bytes", [256, 1024])
 @pytest.mark.parametrize("operation", ["pull", "push"])
 def test_bandwidth(versus, operation, row_bytes):

@@ -398,6 +398,19 @@ def test_an_error_of_the_driver_reaches_the_caller_and_nothing_is_left(cuda, str
     assert three_steps(cuda, stream, pin=False) == []
 
 
+def test_after_an_error_no_copy_still_writes(cuda, stream):
+    native = Native(device=0)
+    table = native.add_table(torch.ones(500, 8))
+    stream.close_gate()
+    cuda.fake_fail(b"cuEventRecord", 2)  # the second is behind the first copy, which waits for the stream
+    threading.Timer(0.3, stream.open).start()
+    pull = native.pull(table, torch.arange(500), torch.empty(500, 8), stream.handle)
+    with pytest.raises(RuntimeError, match="pull from table 0: cuEventRecord failed"):
+        native.wait(pull)
+    assert stream.gate.is_set()  # its memory is the caller's again: the copy is over
+    cuda.fake_fail(b"", 0)
+
+
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +470,7 @@ def test_waiting_releases_the_gil_and_sleeps(cuda, stream):
     assert (native.kept[0] == 1).all()
 
 
-def test_the_tensors_of_a_transfer_under_way_stay():
+def test_the_memory_of_a_transfer_under_way_stays():
     class Slow:
         """A native engine that is never done."""
 
@@ -467,9 +480,9 @@ def test_the_tensors_of_a_transfer_under_way_stay():
     engine = TransferEngine()
     number = engine.add_table(torch.zeros(3, 4))
     engine._native, native = Slow(), engine._native
-    src = torch.zeros(3, 4)
+    src = np.zeros((3, 4), dtype=np.float32)
     seen = weakref.ref(src)
-    engine.push(number, IDS, src)
+    engine.push(number, IDS, torch.from_numpy(src))
     del src
     gc.collect()
     assert seen() is not None

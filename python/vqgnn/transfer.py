@@ -19,7 +19,7 @@ class TransferEngine:
     **Order.** Operations on one table take effect in the order of the calls: a pull returns what the pushes before it
     wrote, and nothing of later ones. Tables are independent of each other. Any thread may call.
 
-    **Memory.** The engine keeps a batch's tensors alive until it is done with them. Until `Ticket.wait` the rows of
+    **Memory.** The engine keeps a batch's memory alive until it is done with it. Until `Ticket.wait` the rows of
     `out` are undefined and those of `src` must not be changed. On a GPU, `src` is read after, and `out` written
     after, the work that was on the current stream at the call.
 
@@ -59,8 +59,8 @@ class TransferEngine:
         if self.device.type == "cuda":
             self._copy_stream = torch.cuda.ExternalStream(self._native.pull_stream, device=self.device)
         self._tables: list[tuple[Tensor, bool]] = []
-        self._pending: dict[object, tuple[Tensor, ...]] = {}  # what transfers under way use, by their native ticket
-        # Also at exit, before modules are torn down; the tensors outlive the threads that use them.
+        self._pending: dict[object, torch.UntypedStorage] = {}  # of the batches under way, by their native ticket
+        # Also at exit, before modules are torn down; the memory outlives the threads that use it.
         self._close = weakref.finalize(self, _close, self._native, self._tables, self._pending)
 
     def add_table(self, rows: Tensor, writable: bool = True, pin: bool = False) -> int:
@@ -159,7 +159,7 @@ class TransferEngine:
     def _start(self, operation, table: int, n_id: Tensor, batch: Tensor, stream: int | None) -> Ticket:
         self._forget()
         handle = operation(table, n_id.data_ptr(), n_id.shape[0], batch.data_ptr(), stream)
-        self._pending[handle] = (batch,)
+        self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
         return Ticket(self, handle, batch)
 
     def _forget(self) -> None:
