@@ -68,8 +68,7 @@ class TransferEngine:
 
         Args:
             rows: [n, ...] of any dtype, contiguous, in host memory. The engine keeps it alive; nobody else may use
-            rows
-                that a queued operation touches (`flush` first).
+                rows that a queued operation touches (`flush` first).
             writable: False for a mapping that may only be read; pushes are then refused.
             pin: page-lock it, so that kernels can read it in place.
         """
@@ -108,8 +107,7 @@ class TransferEngine:
             table: of `add_table`.
             n_id: [k] int64 in host memory, copied. Increasing ids save a check for equal ones.
             src: [k, ...] with the table's row shape and dtype, contiguous, in host memory or on the engine's device;
-            not
-                copied: leave it unchanged until `wait`.
+                not copied: leave it unchanged until `wait`.
         """
         rows, writable = self._table(table)
         if not writable:
