@@ -192,19 +192,19 @@ class Trainer:
 
     def _load_stores(self, state: dict[str, Any], run: Run | None) -> None:
         """A store's tables come from the checkpoint or from the files that it names, wherever they lie now."""
+        generation = state.get("generation")  # of the files; None: there are none
         for name, store in self.stores.items():
-            saved = state["stores"][name]
-            outside = store.tables.keys() - saved.keys()
-            store.load_state_dict(saved, strict=not outside)
-            if outside:
-                generation = state["generation"]
-                if run is None:
-                    raise InputError(f"the tables of {name} lie in the run's folder, which was not given; pass run=")
-                try:
-                    path = run.tables_path(name, generation)
-                    store.load_tables(path, store=name, generation=generation, graph=state["fingerprint"])
-                except ValueError as error:
-                    raise InputError(str(error)) from error
+            small = generation is not None
+            missing = store.load_state_dict(state["stores"][name], strict=not small).missing_keys
+            if not small:
+                continue
+            if set(missing) != store.tables.keys() or run is None:
+                raise InputError(f"the checkpoint lacks {', '.join(missing)} of {name}; give its whole run folder")
+            try:
+                path = run.tables_path(name, generation)
+                store.load_tables(path, store=name, generation=generation, graph=state["fingerprint"])
+            except ValueError as error:
+                raise InputError(str(error)) from error
 
     def save(self, run: Run, fingerprint: dict[str, int | str]) -> None:
         """Write a checkpoint, and before it the tables on disk that it names; the last ones go when it is in place."""
