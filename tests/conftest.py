@@ -30,3 +30,13 @@ def shared_data():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command_line(tmp_path_factory, monkeypatch):
+    """For tests of commands: a cache folder of the session's own, and what a command sets is set back."""
+    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("VQGNN_TRACEBACK", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -14,17 +14,9 @@ import torch
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
 
+pytestmark = pytest.mark.usefixtures("command_line")
 GRAPH = "generated:n=300,classes=3,features=8"
 SMALL = ["--dataset", GRAPH, "--hidden", "8", "--layers", "2", "--codec", "pq:d=4,k=4", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def small_world(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("VQGNN_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

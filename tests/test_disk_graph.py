@@ -22,6 +22,7 @@ from vqgnn.generate import GeneratedGraph
 from vqgnn.inference import layerwise
 from vqgnn.train import Trainer
 
+pytestmark = pytest.mark.usefixtures("command_line")
 SPEC = "n=600,edges=4000,classes=4,features=8,disk=1"
 GRAPH = f"generated:{SPEC}"
 SMALL = ["--dataset", GRAPH, "--hidden", "8", "--layers", "2", "--codec", "pq:d=4,k=4", "--threads", "1"]
@@ -32,15 +33,6 @@ CONVOLUTIONS = {
     "mean": Convolution("mean"),
     "sum": Convolution("sum"),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_world(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("VQGNN_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[7, 10**6], ids=["small pieces", "one piece"])

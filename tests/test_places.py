@@ -22,20 +22,12 @@ from vqgnn import NodeStore, memory, places, tables
 from vqgnn.cli import main
 from vqgnn.runs import Run
 
+pytestmark = pytest.mark.usefixtures("command_line")
 GRAPH = "generated:n=300,classes=3,features=8"
 SMALL = ["--dataset", GRAPH, "--hidden", "8", "--layers", "3", "--codec", "pq:d=4,k=4", "--threads", "1"]
 CODECS = ["fp32", "fp16", "int8", "int4", "pq:d=4,k=8", "pq:d=4,k=300"]
 N, DIM = 30, 7
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def small_world(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("VQGNN_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def pushed(codec="fp32", grad=True, **options):
