@@ -36,6 +36,17 @@ def test_stats_agree_with_reference(size, dtype, device):
         torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=1e-4)
 
 
+def check_update(ours, counts, sums, options):
+    """The update is the reference's, in place and in what it revives."""
+    truth = [t.clone() for t in ours]
+    revived = codebook_update(*ours, counts, sums, **options)
+    defaults = {"v": None, "mean": None, "rstd": None, "revive_below": 0.0, "seed": 0}
+    expected = reference.codebook_update(*truth, counts, sums, **{**defaults, **options})
+    assert torch.equal(revived, expected) and revived.dtype == torch.int64
+    for got, want in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_update_agrees_with_reference(size, device):
     _, m, K, dv = size
@@ -48,14 +59,7 @@ def test_update_agrees_with_reference(size, device):
         {"decay": 0.9, "eps": 1e-5, "v": v, "mean": mean, "rstd": rstd, "revive_below": 0.5, "seed": 11},
         {"decay": 0.9, "eps": 1e-5, "v": v, "mean": None, "rstd": None, "revive_below": 0.5, "seed": -3},
     ):
-        ours = state(m, K, dv, device)
-        truth = [t.clone() for t in ours]
-        revived = codebook_update(*ours, counts, sums, **options)
-        defaults = {"v": None, "mean": None, "rstd": None, "revive_below": 0.0, "seed": 0}
-        expected = reference.codebook_update(*truth, counts, sums, **{**defaults, **options})
-        assert torch.equal(revived, expected) and revived.dtype == torch.int64
-        for got, want in zip(ours, truth, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        check_update(state(m, K, dv, device), counts, sums, options)
 
 
 def test_decay_zero_is_the_centroid_step(device):

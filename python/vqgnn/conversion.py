@@ -130,7 +130,7 @@ def convert(
         raise
     for conv, use in uses.items():
         conv.store_use = use
-        inputs = {"precompute": "input_messages", "rows": "csr" if conv.fixed else "bipartite"}
+        inputs = {"precompute": "input_messages", "rows": conv.input_slices}
         graph.wanted[use.convolution, inputs.get(use.input, "csr")] = None
     if fill and stores(model):
         on_disk = graph.folder is not None

@@ -43,6 +43,7 @@ class StoreConv:
 
     store_use: StoreUse | None = None
     fixed = True  # whether messages are C X with a matrix C known beforehand
+    input_slices = "csr"  # the method of BatchGraph that `input_messages` calls
     softmax_heads = 0  # of which a store of gradients must keep the softmax
 
     def forward(self, x, edge_index, *args, **kwargs):
@@ -102,7 +103,7 @@ class StoreConv:
                 "batch_size=data.num_nodes, or convert with another method"
             )
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
-            graph.graph.wanted[use.convolution, "csr" if self.fixed else "bipartite"] = None
+            graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
         source, store = self.message_input(x), use.store
         csr, csr_t = graph.csr(use.convolution)
@@ -203,6 +204,7 @@ class GATConv(StoreConv, pyg.GATConv):
     propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
     edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
     fixed = False
+    input_slices = "bipartite"
 
     @property
     def softmax_heads(self) -> int:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_codebook_update import rows, state
+from test_codebook_update import check_update, rows, state
 
 from vqgnn_kernels import codebook_stats, codebook_update
 from vqgnn_kernels.codebook_update import code_dtype, reference
@@ -65,14 +65,7 @@ def test_update_agrees_with_reference(size, device):
         {"decay": 0.9, "eps": 1e-5, "v": wide[:, ::2].half(), "revive_below": 0.5, "seed": -3},
         {"decay": 0.5, "eps": 1e-5, "v": wide[:, ::2], "revive_below": 2.0, "seed": 2**63 - 1},
     ):
-        ours = state(m, K, dv, device)
-        truth = [t.clone() for t in ours]
-        revived = codebook_update(*ours, counts, sums, **options)
-        defaults = {"v": None, "mean": None, "rstd": None, "revive_below": 0.0, "seed": 0}
-        expected = reference.codebook_update(*truth, counts, sums, **{**defaults, **options})
-        assert torch.equal(revived, expected) and revived.dtype == torch.int64
-        for got, want in zip(ours, truth, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        check_update(state(m, K, dv, device), counts, sums, options)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])

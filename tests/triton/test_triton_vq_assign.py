@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_vq_assign import excess, problem
+from test_vq_assign import check_ties, excess, problem
 
 from vqgnn_kernels import _tiles, codebook_stats, vq_assign, vq_assign_stats
 from vqgnn_kernels.vq_assign import reference
@@ -52,14 +52,7 @@ def test_tile_of_many_rows(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(33, 1, 18, 8), (21, 2, 7, 3), (19, 2, 40, 16)], ids=str)
 def test_small_integers_match_exactly_with_ties_to_the_lowest(size, dtype, device, small_tiles):
-    b, m, K, dv = size
-    v = torch.randint(-2, 3, (b, m * dv), device=device).to(dtype)
-    codebook = torch.randint(-2, 3, (m, K, dv), device=device).float()
-    codebook[:, K // 2 :] = codebook[:, : K - K // 2]  # every codeword of the second half is a duplicate
-    mean, rstd = torch.ones(m * dv, device=device), torch.full((m * dv,), 0.5, device=device)
-    for whitening in ((None, None), (mean, rstd)):
-        codes = vq_assign(v, codebook, *whitening)
-        assert torch.equal(codes, reference.vq_assign(v, codebook, *whitening))
+    check_ties(size, dtype, device)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
