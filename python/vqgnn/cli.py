@@ -115,9 +115,7 @@ def evaluate(run: RunFolder, inference: Inference = "exact") -> None:
     opened, trainer = _trained(run)
     from . import report
 
-    rows = [
-        (key.replace("_", " "), f"{value:.4f}") for key, value in trainer.scores(trainer.predict(inference)).items()
-    ]
+    rows = [(key.replace("_", " "), f"{value:.4f}") for key, value in trainer.scores(inference).items()]
     print(f"{opened.path}, epoch {trainer.best['epoch']}, {inference} inference")
     print(report.aligned(rows))
 
@@ -134,11 +132,10 @@ def predict(
 
     from .files import atomic_write
 
-    logits = trainer.predict(inference)
-    pred = (logits > 0) if trainer.dataset.multilabel else logits.argmax(1)
+    arrays = {key: value.cpu().numpy() for key, value in trainer.task.arrays(trainer.predict(inference)).items()}
     with atomic_write(out) as handle:
-        np.savez(handle, pred=pred.cpu().numpy(), logits=logits.cpu().numpy())
-    print(f"wrote {out}: {len(logits)} nodes")
+        np.savez(handle, **arrays)
+    print(f"wrote {out}: {', '.join(f'{key} {list(value.shape)}' for key, value in arrays.items())}")
 
 
 @app.command()

@@ -24,6 +24,12 @@ class Config:
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
+    inductive: bool = option(
+        False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
+    )
+    metric: Literal["auto", "auc"] = option(
+        "auto", "Score: accuracy, with several labels micro-F1; or the area under the ROC curve."
+    )
     model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",

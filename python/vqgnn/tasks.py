@@ -1,0 +1,76 @@
+"""What is learnt and measured: the loss of a batch and the scores of exact outputs. The trainer has everything else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_geometric.data import Data
+
+from .config import Config, InputError
+from .datasets import Dataset
+
+SPLITS = ("train", "val", "test")
+_ROWS = 65_536  # logits at a time
+_IGNORED = -100  # label of nodes that take no part in the loss
+
+
+class NodeTask:
+    """Classification of nodes: cross-entropy and accuracy, with several labels a node binary and micro-F1."""
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self.multilabel, self.out_channels = dataset.multilabel, dataset.num_classes
+        self.metric = dataset.metric if config.metric == "auto" else config.metric
+        if self.metric == "auc" and not self.multilabel and self.out_channels != 2:
+            raise InputError(f"--metric auc needs two classes or several labels a node, not {self.out_channels}")
+
+    def count(self, data: Data) -> int:
+        """Terms of the full-batch loss, which is their mean."""
+        return int(data.train_mask.sum())
+
+    def loss_sum(self, logits: Tensor, batch) -> Tensor:
+        """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
+        y, mask = batch.y, batch.train_mask  # picking the rows by the mask would wait for their number
+        if self.multilabel:
+            weight = mask[:, None].to(logits.dtype)
+            return F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum") / y.size(1)
+        return F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="sum")
+
+    def scores(self, logits: Tensor, data: Data) -> dict[str, float]:
+        """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1` or `_auc`, of logits [n, C]."""
+        masks = {split: data[f"{split}_mask"] for split in SPLITS}
+        if self.metric == "acc":  # never as many logits again as there are
+            right = torch.cat([part.argmax(1) for part in logits.split(_ROWS)]) == data.y
+            return {f"{split}_acc": float(right[mask].float().mean()) for split, mask in masks.items()}
+        measure = {"f1": micro_f1, "auc": roc_auc}[self.metric]
+        return {f"{split}_{self.metric}": measure(logits[mask], data.y[mask]) for split, mask in masks.items()}
+
+    def arrays(self, logits: Tensor) -> dict[str, Tensor]:
+        """What `vqgnn predict` writes."""
+        return {"pred": (logits > 0) if self.multilabel else logits.argmax(1), "logits": logits}
+
+
+def micro_f1(logits: Tensor, y: Tensor) -> float:
+    """Micro-averaged F1 of labels y [n, C] with a positive logit [n, C]."""
+    positive, true = logits > 0, y > 0.5
+    hits = int((positive & true).sum())
+    return 2 * hits / max(1, int(positive.sum()) + int(true.sum()))
+
+
+def roc_auc(logits: Tensor, y: Tensor) -> float:
+    """Area under the ROC curve: the chance that a positive is ranked above a negative, ties counted half.
+
+    logits [n, 2] and classes y [n], or [n, C] and labels y [n, C]: then the mean over the labels that vary.
+    """
+    if y.dim() == 1:
+        logits, y = logits[:, 1:] - logits[:, :1], y[:, None]
+    areas = []
+    for value, true in zip(logits.t(), (y > 0.5).t(), strict=True):
+        positives = int(true.sum())
+        negatives = true.numel() - positives
+        if positives and negatives:
+            _, group, size = value.unique(return_inverse=True, return_counts=True)
+            rank = (size.cumsum(0) - (size - 1) / 2).double()[group]  # mean rank of equal values, from 1
+            area = float(rank[true].sum()) - positives * (positives + 1) / 2
+            areas.append(area / (positives * negatives))
+    return sum(areas) / max(1, len(areas))
