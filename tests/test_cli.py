@@ -207,6 +207,7 @@ BAD_OPTIONS = {
     "split": (["--split", "1"], "no split 1"),
     "features": (["--features", "4:100"], "8 feature columns"),
     "features form": (["--features", "4-8"], "FROM:TO"),
+    "features random": (["--features", "random:many"], "random:D with D >= 1"),
     "features empty": (["--features", "4:4"], "FROM < TO"),
     "codec": (["--codec", "zip"], "codec='zip' is unknown"),
     "codec of method": (["--method", "gas"], "method='gas'"),

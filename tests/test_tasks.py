@@ -24,9 +24,9 @@ SMALL = {
 }
 
 
-def make(dataset=None, **changes):
+def make(graph=None, **changes):
     config = Config(**(SMALL | changes))
-    return Trainer(config, dataset or datasets.load(config.dataset, columns=config.columns()))
+    return Trainer(config, graph or datasets.of_config(config))
 
 
 def test_scores_against_hand_counts():
@@ -54,6 +54,22 @@ def test_accuracy_by_split():
 def test_auc_needs_two_classes():
     with pytest.raises(InputError, match="two classes or several labels a node, not 3"):
         make(metric="auc")
+
+
+# Several labels.
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "labels"),
+    [("deezer-genres-hu-ro", {"inductive": True}, 27), ("blogcatalog-multilabel", {"features": "random:32"}, 39)],
+    ids=["deezer", "blogcatalog"],
+)
+def test_several_labels(shared_data, name, options, labels):
+    trainer = make(dataset=str(shared_data / f"{name}.npz"), dropout=0.0, **options)
+    first = trainer.train_epoch()
+    metrics = trainer.train_epoch() | trainer.evaluate()
+    assert metrics["loss"] < first["loss"] and trainer.predict().shape == (trainer.data.num_nodes, labels)
+    assert {"train_f1", "val_f1", "test_f1"} <= metrics.keys()
 
 
 # Inductive.
@@ -140,7 +156,7 @@ def test_inductive_run_is_evaluated_and_resumed(tmp_path, capsys):
 def test_twitch_by_country(shared_data):
     """Train on Germany, validate on England, test on four other countries: six graphs, none joined to another."""
     trainer = make(
-        dataset=datasets.load(str(shared_data / "twitch-explicit-6.npz"), columns=slice(0, 400)),
+        dataset=str(shared_data / "twitch-explicit-6.npz"), features="0:400",
         inductive=True, metric="auc", model="sage", lr=0.003,
     )  # fmt: skip
     assert trainer.train_data.num_nodes == 9498 and trainer.val_data is trainer.data

@@ -220,7 +220,7 @@ def _refuse_changes(config: Config, given: dict) -> None:
 def _load(config: Config):
     from . import datasets
 
-    return datasets.load(config.dataset, config.split, config.directed, config.columns())
+    return datasets.of_config(config)
 
 
 def _trained(path: Path) -> tuple[Run, Trainer]:

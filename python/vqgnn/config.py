@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+_RANDOM = "random:"
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do."""
@@ -23,7 +25,9 @@ class Config:
     )
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
-    features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
+    features: str | None = option(
+        None, "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node."
+    )
     inductive: bool = option(
         False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
     )
@@ -74,6 +78,7 @@ class Config:
         if self.model == "gat" and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         self.columns()
+        self.random_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:
             if self.batch_size is not None:
@@ -82,12 +87,21 @@ class Config:
 
     def columns(self) -> slice | None:
         """`features` as a slice."""
-        if self.features is None:
+        if self.features is None or self.features.startswith(_RANDOM):
             return None
         low, high = _two_ints("--features", self.features, ":", "FROM:TO with 0 <= FROM < TO, e.g. 80:200")
         if not 0 <= low < high:
             raise InputError(f"--features {self.features!r} is empty; it must be FROM:TO with 0 <= FROM < TO")
         return slice(low, high)
+
+    def random_features(self) -> int | None:
+        """D of `features` "random:D": for a graph that has none."""
+        if self.features is None or not self.features.startswith(_RANDOM):
+            return None
+        width = self.features.removeprefix(_RANDOM)
+        if not width.isdecimal() or int(width) < 1:
+            raise InputError(f"--features {self.features!r} cannot be read; it must be random:D with D >= 1")
+        return int(width)
 
     def parts_pair(self) -> tuple[int | None, int]:
         """`parts` as (number of parts, parts a batch)."""

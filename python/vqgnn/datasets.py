@@ -15,7 +15,7 @@ import torch
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import coalesce, to_undirected
 
-from .config import InputError
+from .config import Config, InputError
 from .disk_graph import GraphFolder, MappedData
 from .generate import GeneratedGraph
 from .partitioning import cache_folder
@@ -49,7 +49,14 @@ class Dataset:
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
 
 
-def load(name: str, split: int = 0, directed: bool = False, columns: slice | None = None) -> Dataset:
+def of_config(config: Config) -> Dataset:
+    """The data set that a config names."""
+    return load(config.dataset, config.split, config.directed, config.columns(), config.random_features())
+
+
+def load(
+    name: str, split: int = 0, directed: bool = False, columns: slice | None = None, random: int | None = None
+) -> Dataset:
     """A data set by name, checked.
 
     Args:
@@ -58,6 +65,8 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
         split: which column of the masks, where there are several.
         directed: keep the edges as stored; else the graph is made undirected. Duplicates go, self loops stay.
         columns: use only these feature columns.
+        random: instead of the graph's features, if it has any, this many normal random numbers a node, always the
+            same: a random projection of the nodes' identity.
 
     Raises:
         InputError: anything wrong with the name or the data, in one line.
@@ -65,10 +74,10 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
     if name == "generated" or name.startswith("generated:"):
         graph = GeneratedGraph.parse(name.partition(":")[2])
         if graph.on_disk:
-            return _mapped(name, graph.cached_on_disk(cache_folder(), directed), split, directed, columns)
+            return _mapped(name, graph.cached_on_disk(cache_folder(), directed), split, directed, columns or random)
         arrays = read_npz(graph.cached(cache_folder()), columns)
     elif (Path(name).expanduser() / "meta.json").exists():
-        return _mapped(name, Path(name).expanduser(), split, directed, columns)
+        return _mapped(name, Path(name).expanduser(), split, directed, columns or random)
     elif name.endswith(".npz") or os.sep in name:
         arrays = read_npz(Path(name).expanduser(), columns)
     elif name in OGB:
@@ -78,13 +87,16 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
     else:
         known = ", ".join([*OGB, *PYG])
         raise InputError(f"dataset {name!r} is unknown; use 'generated[:n=N,...]', a path of an .npz file, or {known}")
+    if random is not None and "y" in arrays:
+        generator = torch.Generator().manual_seed(0)
+        arrays["x"] = torch.randn(len(arrays["y"]), random, generator=generator).numpy()
     return _checked(name, arrays, split, directed, columns)
 
 
-def _mapped(name: str, path: Path, split: int, directed: bool, columns: slice | None) -> Dataset:
+def _mapped(name: str, path: Path, split: int, directed: bool, features: slice | int | None) -> Dataset:
     """A graph folder as it is: what would need another copy of it is refused."""
     folder = GraphFolder(path)
-    if split or columns:
+    if split or features:
         raise InputError(
             f"dataset {name!r} is on disk: it has one split and all its features; leave out --split, --features"
         )
@@ -202,6 +214,8 @@ def _checked(name: str, arrays: dict[str, np.ndarray], split: int, directed: boo
         raise InputError(f"dataset {name!r} {problem}")
 
     missing = [key for key in ("x", "y", "edge_index", *MASKS) if key not in arrays]
+    if missing == ["x"]:
+        refuse("has no features x; give every node some, or --features random:D, D random numbers a node, e.g. 128")
     if missing:
         refuse(f"lacks {', '.join(missing)}; needed are x (or x_data, ...), y, edge_index and {', '.join(MASKS)}")
     x, y, edge_index = arrays["x"], arrays["y"], arrays["edge_index"]
