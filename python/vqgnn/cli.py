@@ -125,14 +125,29 @@ def predict(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The .npz file to write: pred [n] or [n, C], logits [n, C].")],
     inference: Inference = "exact",
+    new: Annotated[
+        Path | None,
+        typer.Option(
+            help="Predict for k new nodes instead, by the known ones' stored states: an .npz file of x [k, f] and "
+            "edge_index [2, e], their ids n..n+k-1. Methods vq, gas and lmc keep states."
+        ),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="With --new: first recompute the stored states, exactly.")
+    ] = False,
 ) -> None:
     """Write every node's predicted class (or classes) and logits."""
     _, trainer = _trained(run)
     import numpy as np
 
+    from .datasets import read_new_nodes
     from .files import atomic_write
 
-    arrays = {key: value.cpu().numpy() for key, value in trainer.task.arrays(trainer.predict(inference)).items()}
+    if new is None:
+        output = trainer.predict(inference)
+    else:
+        output = trainer.predict_new(*read_new_nodes(new, trainer.config.columns()), refresh)
+    arrays = {key: value.cpu().numpy() for key, value in trainer.task.arrays(output).items()}
     with atomic_write(out) as handle:
         np.savez(handle, **arrays)
     print(f"wrote {out}: {', '.join(f'{key} {list(value.shape)}' for key, value in arrays.items())}")

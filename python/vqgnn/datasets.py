@@ -122,6 +122,21 @@ def read_npz(path: Path, columns: slice | None = None) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read_new_nodes(path: Path, columns: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(x [k, f] float32, edge_index [2, e] int64)` of an .npz file of new nodes; columns as in `load`."""
+    arrays = read_npz(path, columns)
+    missing = [key for key in ("x", "edge_index") if key not in arrays]
+    if missing:
+        raise InputError(f"--new {str(path)!r} lacks {', '.join(missing)}; needed are x [k, f] and edge_index [2, e]")
+    x, edges = arrays["x"], arrays["edge_index"]
+    if x.ndim != 2 or x.dtype.kind not in "fiub" or edges.ndim != 2 or len(edges) != 2 or edges.dtype.kind not in "iu":
+        came = f"x {list(x.shape)} {x.dtype} and edge_index {list(edges.shape)} {edges.dtype}"
+        raise InputError(f"--new {str(path)!r} has {came}; needed are numbers x [k, f] and integers edge_index [2, e]")
+    if not np.isfinite(x).all():
+        raise InputError(f"--new {str(path)!r} has features that are NaN or infinite; clean x first")
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)), torch.from_numpy(edges.astype(np.int64))
+
+
 def _dense(name: str, arrays: dict[str, np.ndarray], columns: slice | None) -> np.ndarray:
     """[n, f] float32 of the CSR arrays' (chosen) columns; those never wanted are never allocated."""
     missing = [key for key in ("x_indices", "x_indptr", "x_shape") if key not in arrays]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch_geometric.data import Data
 from torch_geometric.nn import models
+from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
 from . import memory
@@ -25,10 +26,11 @@ from .config import Config, InputError
 from .conversion import convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
-from .inference import layerwise
+from .inference import layerwise, warmup
 from .loader import BatchLoader
 from .partitioning import cache_folder
 from .runs import Run
+from .serving import new_nodes
 from .store import NodeStore
 from .tasks import SPLITS, NodeTask
 
@@ -311,6 +313,26 @@ class Trainer:
                 return layerwise(self.model, data, method=inference, **self.kept, progress=progress)
             except ValueError as error:
                 raise InputError(str(error)) from error
+
+    def predict_new(self, x: Tensor, edge_index: Tensor, refresh: bool = False) -> Tensor:
+        """The averaged weights' output [k, C] for new nodes (see `serving.new_nodes`), edges made undirected as here.
+
+        refresh: first recompute the known nodes' states by an exact sweep; training cannot go on from them.
+        """
+        if self.config.model == "mlp":
+            with torch.no_grad():
+                return self.averaged.module.eval()(x.to(self.device))
+        if self.config.inductive:
+            raise InputError("an inductive run keeps states of its training nodes only; train without --inductive")
+        edges = edge_index.to(self.device)
+        edges = coalesce(edges if self.config.directed else torch.cat([edges, edges.flip(0)], 1))
+        with self._averaged_weights():
+            try:
+                if refresh and self.stores:
+                    warmup(self.model, self.data, **self.kept)
+                return new_nodes(self.model, self.data, x.to(self.device), edges)
+            except ValueError as error:
+                raise InputError(f"--new: {error}") from error
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
