@@ -1,4 +1,4 @@
-"""Tasks beside transductive classification: inductive, and what is measured."""
+"""Tasks beside transductive single-label classification, and what is measured."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_accuracy_by_split():
     logits = torch.nn.functional.one_hot(data.y, 3).float()
     wrong = data.test_mask.nonzero()[:5, 0]
     logits[wrong] = logits[wrong].roll(1, 1)
-    scores = NodeTask(Config(**SMALL), dataset).scores(logits, data)
+    scores = NodeTask(Config(**SMALL), dataset).scores(None, logits, data)
     assert scores == pytest.approx({"train_acc": 1, "val_acc": 1, "test_acc": 1 - 5 / int(data.test_mask.sum())})
 
 

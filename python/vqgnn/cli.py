@@ -123,7 +123,9 @@ def evaluate(run: RunFolder, inference: Inference = "exact") -> None:
 @app.command()
 def predict(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The .npz file to write: pred [n] or [n, C], logits [n, C].")],
+    out: Annotated[
+        Path, typer.Option(help="The .npz file to write: pred [n] or [n, C], logits [n, C]; or embeddings [n, f].")
+    ],
     inference: Inference = "exact",
     new: Annotated[
         Path | None,
@@ -136,7 +138,7 @@ def predict(
         bool, typer.Option("--refresh", help="With --new: first recompute the stored states, exactly.")
     ] = False,
 ) -> None:
-    """Write every node's predicted class (or classes) and logits."""
+    """Write every node's predicted class (or classes) and logits; --task link: embeddings."""
     _, trainer = _trained(run)
     import numpy as np
 

@@ -28,6 +28,14 @@ class Config:
     features: str | None = option(
         None, "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node."
     )
+    task: Literal["node", "link"] = option(
+        "node", "Classify nodes, or predict edges: batches are the end points of edges and of pairs drawn at random."
+    )
+    links: str | None = option(
+        None, "--task link: .npz file of the edges to predict. [default: 85/5/10 % of the edges at random, by --split]"
+    )
+    hits: int = option(50, "--task link: K of the score Hits@K.", 1)
+    head: Literal["dot", "mlp"] = option("dot", "--task link: a pair's score is an inner product, or an MLP's.")
     inductive: bool = option(
         False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
     )
@@ -47,7 +55,9 @@ class Config:
         "auto", "Where node states lie; 'auto': on disk if they would take over half of the free memory."
     )
     sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
-    batch_size: int | None = option(None, "Nodes a batch. [default: a tenth of the nodes]", 1)
+    batch_size: int | None = option(
+        None, "Nodes a batch; --task link: end points of pairs. [default: a tenth of the nodes]", 1
+    )
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
@@ -84,6 +94,17 @@ class Config:
             if self.batch_size is not None:
                 raise InputError(f"--batch-size {self.batch_size} and --parts {self.parts} exclude each other")
             object.__setattr__(self, "sampler", "cluster")
+        if self.task == "link":
+            for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
+                if getattr(self, name) != plain:
+                    raise InputError(f"{option_name(name)} {getattr(self, name)} is not for --task link; leave it out")
+        elif self.links is not None:
+            raise InputError(f"--links {self.links} is for --task link only; leave it out, or give --task link")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a batch is the whole graph."""
+        return self.method == "full" and self.model != "mlp"
 
     def columns(self) -> slice | None:
         """`features` as a slice."""

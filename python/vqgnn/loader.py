@@ -109,8 +109,7 @@ class BatchLoader:
         n = self.graph.num_nodes
         if self._num_batches == 1:
             return [torch.arange(n, device=self.graph.x.device)]
-        # mixed into 32 bits: torch's CPU generator reads no more of a seed
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
+        generator = self._generator(epoch)
         count = len(self._parts) if self._parts else n
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         groups = torch.tensor_split(order, self._num_batches)
@@ -118,6 +117,10 @@ class BatchLoader:
             groups = [torch.cat([self._parts[i] for i in group.tolist()]) for group in groups]
         # Ascending ids: neighbouring rows of the graph, the features and the store are then read in order.
         return [group.sort().values.to(self.graph.x.device) for group in groups]
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        # mixed into 32 bits: torch's CPU generator reads no more of a seed
+        return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
 
     def _build(self, n_id: Tensor) -> Batch:
         graph = self.graph

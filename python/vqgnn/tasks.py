@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from .config import Config, InputError
 from .datasets import Dataset
+from .links import LinkLoader, LinkModel, hits
+from .loader import Batch, BatchLoader
 
 SPLITS = ("train", "val", "test")
 _ROWS = 65_536  # logits at a time
@@ -24,19 +26,30 @@ class NodeTask:
         if self.metric == "auc" and not self.multilabel and self.out_channels != 2:
             raise InputError(f"--metric auc needs two classes or several labels a node, not {self.out_channels}")
 
+    def with_head(self, model: nn.Module) -> nn.Module:
+        """The model to train, from a GNN of `out_channels`."""
+        return model
+
+    def loader(self, config: Config, data: Data) -> BatchLoader:
+        if config.whole:
+            return BatchLoader(data, batch_size=data.num_nodes)
+        num_parts, joined = config.parts_pair()
+        return BatchLoader(data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
+
     def count(self, data: Data) -> int:
         """Terms of the full-batch loss, which is their mean."""
         return int(data.train_mask.sum())
 
-    def loss_sum(self, logits: Tensor, batch) -> Tensor:
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
+        logits = model(batch.x, batch.graph)
         y, mask = batch.y, batch.train_mask  # picking the rows by the mask would wait for their number
         if self.multilabel:
             weight = mask[:, None].to(logits.dtype)
             return F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum") / y.size(1)
         return F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="sum")
 
-    def scores(self, logits: Tensor, data: Data) -> dict[str, float]:
+    def scores(self, model: nn.Module, logits: Tensor, data: Data) -> dict[str, float]:
         """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1` or `_auc`, of logits [n, C]."""
         masks = {split: data[f"{split}_mask"] for split in SPLITS}
         if self.metric == "acc":  # never as many logits again as there are
@@ -48,6 +61,50 @@ class NodeTask:
     def arrays(self, logits: Tensor) -> dict[str, Tensor]:
         """What `vqgnn predict` writes."""
         return {"pred": (logits > 0) if self.multilabel else logits.argmax(1), "logits": logits}
+
+
+class LinkTask:
+    """Prediction of edges by ogbl-collab's protocol: binary cross-entropy of edges and drawn pairs, Hits@K."""
+
+    metric = "hits"
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self.links, self.k, self.head = dataset.links, config.hits, config.head
+        self.out_channels = config.hidden
+
+    def with_head(self, model: nn.Module) -> nn.Module:
+        return LinkModel(model, self.out_channels, self.head)
+
+    def loader(self, config: Config, data: Data) -> BatchLoader:
+        return LinkLoader(data, self.links.train.to(data.x.device), config.batch_size, config.whole, config.seed)
+
+    def count(self, data: Data) -> int:
+        """Terms of the full-batch loss: the edges, and a drawn pair each."""
+        return 2 * self.links.train.size(1)
+
+    def loss_sum(self, model: LinkModel, batch: Batch) -> Tensor:
+        logits = model.score(model(batch.x, batch.graph), batch.pairs)
+        return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+
+    @torch.no_grad()
+    def scores(self, model: LinkModel, z: Tensor, data: Data) -> dict[str, float]:
+        """`val_hits` and `test_hits` of exact outputs z [n, f]."""
+        links = self.links.to(z.device)
+
+        def score(pairs: Tensor) -> Tensor:
+            return torch.cat([model.score(z, part) for part in pairs.split(_ROWS, 1)])
+
+        return {
+            "val_hits": hits(score(links.val), score(links.val_negatives), self.k),
+            "test_hits": hits(score(links.test), score(links.test_negatives), self.k),
+        }
+
+    def arrays(self, z: Tensor) -> dict[str, Tensor]:
+        """What `vqgnn predict` writes."""
+        return {"embeddings": z}
+
+
+TASKS = {"node": NodeTask, "link": LinkTask}
 
 
 def micro_f1(logits: Tensor, y: Tensor) -> float:

@@ -27,12 +27,11 @@ from .conversion import convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .inference import layerwise, warmup
-from .loader import BatchLoader
 from .partitioning import cache_folder
 from .runs import Run
 from .serving import new_nodes
 from .store import NodeStore
-from .tasks import SPLITS, NodeTask
+from .tasks import SPLITS, TASKS
 
 _ROWS = 65_536  # of features at a time
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
@@ -126,12 +125,13 @@ class Trainer:
             self.device = torch.device("cpu")
         self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
         self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)
-        self.task = NodeTask(config, dataset)
+        self.task = TASKS[config.task](config, dataset)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.data.num_features, self.task.out_channels).to(self.device)
+        model = build_model(config, self.data.num_features, self.task.out_channels)
+        self.model = self.task.with_head(model).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
         try:
-            self.loader = self._loader()
+            self.loader = self.task.loader(config, self.train_data)
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
@@ -161,13 +161,6 @@ class Trainer:
         self.phases = {"generating": sum(folder.meta["seconds"].values()), "matrix": matrix, "C X": product}
         self.phases["filling the store"] = seconds - matrix - product
         folder.release()
-
-    def _loader(self) -> BatchLoader:
-        config, data = self.config, self.train_data
-        if config.method == "full" and config.model != "mlp":
-            return BatchLoader(data, batch_size=data.num_nodes)
-        num_parts, joined = config.parts_pair()
-        return BatchLoader(data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the tables of stores on disk, which `save` writes to files of their own."""
@@ -252,7 +245,7 @@ class Trainer:
         for step, batch in enumerate(self._batches()):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * self.learning_rate_factor(self.epoch * len(self.loader) + step)
-            loss_sum = self.task.loss_sum(self.model(batch.x, batch.graph), batch)
+            loss_sum = self.task.loss_sum(self.model, batch)
             # The batch's share of the full-batch mean loss, scaled so that its gradient estimates the full one.
             loss = loss_sum * (len(self.loader) / self.num_terms)
             self.optimizer.zero_grad()
@@ -346,9 +339,10 @@ class Trainer:
 
     def scores(self, inference: str = "exact") -> dict[str, float]:
         """The task's scores of all splits by the averaged weights; inductive: validation has never met a test node."""
-        scores = self.task.scores(self.predict(inference), self.data)
+        model = self.averaged.module
+        scores = self.task.scores(model, self.predict(inference), self.data)
         if self.val_data is not self.data:
-            held_out = self.task.scores(self.predict(inference, data=self.val_data), self.val_data)
+            held_out = self.task.scores(model, self.predict(inference, data=self.val_data), self.val_data)
             scores |= {key: value for key, value in held_out.items() if not key.startswith("test_")}
         return scores
 
