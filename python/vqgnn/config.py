@@ -54,7 +54,9 @@ class Config:
     place: Literal["auto", "device", "disk"] = option(
         "auto", "Where node states lie; 'auto': on disk if they would take over half of the free memory."
     )
-    sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
+    sampler: Literal["node", "cluster", "edge", "walk"] = option(
+        "node", "Batches of random nodes, METIS clusters, end points of random edges, or random walks."
+    )
     batch_size: int | None = option(
         None, "Nodes a batch; --task link: end points of pairs. [default: a tenth of the nodes]", 1
     )

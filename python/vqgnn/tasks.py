@@ -41,13 +41,14 @@ class NodeTask:
         return int(data.train_mask.sum())
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
+        """Cross-entropy (several labels: binary, their mean), weighted and summed over the training nodes."""
         logits = model(batch.x, batch.graph)
         y, mask = batch.y, batch.train_mask  # picking the rows by the mask would wait for their number
+        weight = mask.to(logits.dtype) if batch.loss_weight is None else mask * batch.loss_weight
         if self.multilabel:
-            weight = mask[:, None].to(logits.dtype)
-            return F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum") / y.size(1)
-        return F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="sum")
+            return F.binary_cross_entropy_with_logits(logits, y, weight[:, None], reduction="sum") / y.size(1)
+        losses = F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="none")
+        return losses @ weight
 
     def scores(self, model: nn.Module, logits: Tensor, data: Data) -> dict[str, float]:
         """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1` or `_auc`, of logits [n, C]."""
