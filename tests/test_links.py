@@ -8,10 +8,10 @@ import pytest
 import torch
 from graphs import awkward_graph
 
-from vqgnn import datasets
+from vqgnn import LinkLoader, datasets
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
-from vqgnn.links import LinkLoader, LinkModel, given_split, hits, random_split
+from vqgnn.links import LinkModel, given_split, hits, random_split
 from vqgnn.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("command_line")

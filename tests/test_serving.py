@@ -9,10 +9,9 @@ from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 from torch_geometric.utils import coalesce
 
 import vqgnn
-from vqgnn import datasets, graph_writer, serving
+from vqgnn import datasets, graph_writer, new_nodes, serving
 from vqgnn.cli import main
 from vqgnn.inference import layerwise
-from vqgnn.serving import new_nodes
 
 MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
 NEW, KNOWN = 9, 40
@@ -147,6 +146,7 @@ def test_command(method, known_and_new, capsys):
         assert main(arguments) == 2
         assert "vq, gas or lmc" in capsys.readouterr().err
         return
+    assert main([*arguments, "--inference", "vq"]) == 2 and "leave it out" in capsys.readouterr().err
     logits = []
     for more in ([], ["--refresh"]):
         assert main(arguments + more) == 0

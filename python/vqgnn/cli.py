@@ -139,6 +139,10 @@ def predict(
     ] = False,
 ) -> None:
     """Write every node's predicted class (or classes) and logits; --task link: embeddings."""
+    if new is None and refresh:
+        raise InputError("--refresh is for --new; without it every node is computed anew by --inference")
+    if new is not None and inference != "exact":
+        raise InputError(f"--inference {inference} is not for --new, which reads the stored states; leave it out")
     _, trainer = _trained(run)
     import numpy as np
 

@@ -48,7 +48,7 @@ class NodeTask:
         if self.multilabel:
             return F.binary_cross_entropy_with_logits(logits, y, weight[:, None], reduction="sum") / y.size(1)
         losses = F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="none")
-        return losses @ weight
+        return (losses * weight).sum()
 
     def scores(self, model: nn.Module, logits: Tensor, data: Data) -> dict[str, float]:
         """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1` or `_auc`, of logits [n, C]."""
