@@ -100,6 +100,18 @@ class TransferEngine:
             stream = self._stream(out)
         return self._start(self._native.pull, table, n_id, out, stream)
 
+    def read_ahead(self, table: int, n_id: Tensor) -> Ticket:
+        """Start to read rows of a memory-mapped table from disk, so that who uses them in place need not wait.
+
+        Nothing is copied, and other threads may read and write the rows meanwhile.
+
+        Args:
+            table: of `add_table`.
+            n_id: [k] int64 in host memory, copied. Of increasing ids each page is touched once.
+        """
+        self._table(table)
+        return self._start(self._native.pull, table, _checked_ids(n_id), None, None)
+
     def push(self, table: int, n_id: Tensor, src: Tensor) -> Ticket:
         """Start `table[n_id[i]] = src[i]`; where ids are equal, the last wins.
 
@@ -154,10 +166,11 @@ class TransferEngine:
     def _stream(self, batch: Tensor) -> int | None:
         return None if batch.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
 
-    def _start(self, operation, table: int, n_id: Tensor, batch: Tensor, stream: int | None) -> Ticket:
+    def _start(self, operation, table: int, n_id: Tensor, batch: Tensor | None, stream: int | None) -> Ticket:
         self._forget()
-        handle = operation(table, n_id.data_ptr(), n_id.shape[0], batch.data_ptr(), stream)
-        self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
+        handle = operation(table, n_id.data_ptr(), n_id.shape[0], 0 if batch is None else batch.data_ptr(), stream)
+        if batch is not None:
+            self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
         return Ticket(self, handle, batch)
 
     def _forget(self) -> None:
@@ -167,22 +180,22 @@ class TransferEngine:
 
 
 class Ticket:
-    """One pull or push under way."""
+    """One pull, push or read-ahead under way."""
 
-    def __init__(self, engine: TransferEngine, handle: object, batch: Tensor):
+    def __init__(self, engine: TransferEngine, handle: object, batch: Tensor | None):
         self._engine, self._handle, self._batch = engine, handle, batch
 
     def done(self) -> bool:
         """Whether the engine has finished with the batch's tensors and the table's rows."""
         return self._engine._native.done(self._handle)
 
-    def wait(self) -> Tensor:
-        """Return the batch's `out`, or its `src`, which may then be used and changed.
+    def wait(self) -> Tensor | None:
+        """Return the batch's `out`, or its `src`, which may then be used and changed; None of a read-ahead.
 
         In host memory this blocks until the rows are there. On a GPU it makes the current stream wait for the copies,
         and blocks only until they are queued.
         """
-        stream = self._engine._stream(self._batch)
+        stream = None if self._batch is None else self._engine._stream(self._batch)
         self._engine._native.wait(self._handle, stream)
         if stream is not None:  # the allocator must not hand it on while this stream uses it
             self._batch.record_stream(torch.cuda.current_stream(self._batch.device))
