@@ -47,15 +47,16 @@ void copy_rows(char* table, char* batch, const int64_t* ids, int64_t k, int64_t 
 }
 
 // Reads a byte of every page that the rows lie in: those of a mapped file are then in RAM.
-void touch_rows(const char* table, const int64_t* ids, int64_t k, int64_t row_bytes) {
-  const int64_t page = sysconf(_SC_PAGESIZE);
-  uintptr_t last = 0;
+void touch_rows(const char* table, int64_t num_rows, const int64_t* ids, int64_t k, int64_t row_bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE), offset = int64_t(uintptr_t(table) % uintptr_t(page));
+  table -= offset;
+  std::vector<bool> seen(size_t((offset + num_rows * row_bytes) / page + 1));
   for (int64_t i = 0; i < k; ++i) {
-    const uintptr_t first = uintptr_t(table + ids[i] * row_bytes);
-    for (uintptr_t at = first / page; at <= (first + uintptr_t(row_bytes) - 1) / page; ++at) {
-      if (at == last) continue;  // ids mostly increase
-      last = at;
-      static_cast<void>(*reinterpret_cast<const volatile char*>(std::max(first, at * page)));
+    const int64_t start = offset + ids[i] * row_bytes, last = (start + row_bytes - 1) / page;
+    for (int64_t at = start / page; at <= last; ++at) {
+      if (seen[size_t(at)]) continue;
+      seen[size_t(at)] = true;
+      static_cast<void>(*static_cast<const volatile char*>(table + std::max(start, at * page)));
     }
   }
 }
@@ -478,7 +479,7 @@ class Engine::Impl {
     const Operation& operation = *piece.operation;
     const Table& table = *operation.table;
     const int64_t* ids = operation.ids.get() + piece.index * operation.piece_rows;
-    if (operation.memory == 0) return touch_rows(table.data, ids, rows_of(piece), table.row_bytes);
+    if (operation.memory == 0) return touch_rows(table.data, table.num_rows, ids, rows_of(piece), table.row_bytes);
     char* batch = static_cast<char*>(piece.slot != nullptr ? piece.slot->memory
                                                            : reinterpret_cast<void*>(address_of(piece)));
     const auto copy = operation.is_push ? copy_rows<true> : copy_rows<false>;

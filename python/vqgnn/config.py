@@ -33,8 +33,9 @@ class Config:
         None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
     )
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
-    place: Literal["auto", "device", "disk"] = option(
-        "auto", "Where node states lie; 'auto': on disk if they would take over half of the free memory."
+    place: Literal["auto", "device", "host", "disk"] = option(
+        "auto",
+        "Where node states lie: the device's memory, RAM beside a GPU, files; 'auto': the first with twice the room.",
     )
     sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
     batch_size: int | None = option(None, "Nodes a batch. [default: a tenth of the nodes]", 1)

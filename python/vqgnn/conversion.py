@@ -120,8 +120,7 @@ def convert(
                     "seed": seed + index,
                     "heads": conv.softmax_heads,
                 }
-        with torch.device("meta"):  # the very stores, without their memory
-            needed = sum(NodeStore(**shape).nbytes for shape in wanted.values())
+        needed = sum(NodeStore.size_of(**shape) for shape in wanted.values())
         place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
         where = {"place": place, "folder": folder, "device": device}
         if wanted and place != "device":

@@ -169,6 +169,12 @@ class NodeStore(nn.Module):
         if device is not None:
             self._follow(self._device)
 
+    @classmethod
+    def size_of(cls, **options) -> int:
+        """`nbytes` of a store with these arguments, which is not made."""
+        with torch.device("meta"):
+            return cls(**options).nbytes
+
     def _register(self) -> None:
         self.handle = next(_HANDLES)
         _STORES[self.handle] = self

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from . import memory
 from .config import Config, InputError
-from .conversion import convert, stores
+from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .inference import layerwise
 from .loader import BatchLoader
 from .partitioning import cache_folder
+from .places import choose
 from .runs import Run
 from .store import NodeStore
 
@@ -115,11 +116,8 @@ class Trainer:
         self.device = pick_device(config.device)
         start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
         self.phases: dict[str, float] = {}  # seconds, for a graph on disk
-        if mapped and self.device.type != "cpu":
-            if config.device != "auto":
-                raise InputError(f"dataset {dataset.name!r} is on disk and is trained on the CPU; give --device cpu")
-            self.device = torch.device("cpu")
-        self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
+        self.config, self.dataset = config, dataset
+        self.data = dataset.data.to(self._graph_device())
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data.num_features, dataset.num_classes).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
@@ -146,6 +144,18 @@ class Trainer:
         self._warned: set[tuple[str, str]] = set()
         self.memory_setup = self._peak_since_last()
 
+    def _graph_device(self) -> torch.device:
+        """Where the graph lies: on a GPU if half of its free memory takes the graph and the node state; else in RAM."""
+        config, data, cpu = self.config, self.dataset.data, torch.device("cpu")
+        if self.device.type == "cpu" or isinstance(data, MappedData) or config.place in ("host", "disk"):
+            return cpu
+        codec, grad = METHODS[config.method]
+        hidden = {"num_nodes": data.num_nodes, "dim": config.hidden, "codec": config.codec or codec, "grad": grad}
+        state = 0 if codec is None else (config.layers - 1) * NodeStore.size_of(**hidden)
+        edges = 2 * (8 + 2 * (4 + 4)) * data.num_edges  # edge_index, and C with its transpose
+        place, _ = choose(2 * data.x.nbytes + edges + state, self.device)
+        return self.device if place == "device" else cpu
+
     def _note_setup(self, seconds: float) -> None:
         """What a user of a large graph waits for, by phase; what is derived from the graph is kept in its folder."""
         folder = self.data.folder
@@ -158,9 +168,10 @@ class Trainer:
     def _loader(self) -> BatchLoader:
         config, n = self.config, self.data.num_nodes
         if config.method == "full" and config.model != "mlp":
-            return BatchLoader(self.data, batch_size=n)
+            return BatchLoader(self.data, batch_size=n, device=self.device)
         num_parts, joined = config.parts_pair()
-        return BatchLoader(self.data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
+        options = {"sampler": config.sampler, "seed": config.seed, "device": self.device}
+        return BatchLoader(self.data, config.batch_size, num_parts, joined, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the tables of stores on disk, which `save` writes to files of their own."""
@@ -298,7 +309,7 @@ class Trainer:
         if self.config.model == "mlp":
             model = self.averaged.module.eval()
             with torch.no_grad():
-                return torch.cat([model(x) for x in self.data.x.split(_ROWS)])
+                return torch.cat([model(x.to(self.device)) for x in self.data.x.split(_ROWS)]).to(self.data.x.device)
         if inference == "exact":
             return layerwise(self.averaged.module, self.data, **self.kept, progress=progress)
         if not self.stores:

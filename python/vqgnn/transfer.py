@@ -107,7 +107,7 @@ class TransferEngine:
 
         Args:
             table: of `add_table`.
-            n_id: [k] int64 in host memory, copied. Of increasing ids each page is touched once.
+            n_id: [k] int64 in host memory, copied.
         """
         self._table(table)
         return self._start(self._native.pull, table, _checked_ids(n_id), None, None)
