@@ -76,6 +76,53 @@ def test_moved_batches_have_every_input(name, input, method, data, tmp_path):
     assert_same(model.state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize("method", ["vq", "lmc"])
+def test_pinned_state_is_used_in_place(method, data, tmp_path, monkeypatch):
+    """With memory that is not pinned in its place: a GPU is needed for that."""
+    zeros = torch.zeros
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch, "zeros", lambda *size, pin_memory=False, **options: pinned.append(pin_memory) or zeros(*size, **options)
+    )
+    model = trained("gcn", data, method, "pinned", tmp_path, move=True)
+    assert any(pinned)
+    monkeypatch.undo()
+    expected = trained("gcn", data, method, "device", tmp_path)
+    assert_same(model.state_dict(), expected.state_dict())
+
+
+def test_pinned_state_needs_a_gpu(data, device):
+    if device.type == "cuda":
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="place='pinned' is for the kernels of a GPU"):
+        vqgnn.convert(build("gcn", data), data, place="pinned")
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk", "pinned"])
+@pytest.mark.parametrize("method", ["vq", "lmc", "drop"])
+@pytest.mark.parametrize("name", ["gcn", "sage", "gat"])
+def test_a_gpu_trains_on_a_graph_in_ram(name, method, place, data, tmp_path, device):
+    """The same states and gradients as with graph and state on the GPU, and exact inference."""
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    results = []
+    for source, where in ((data.to(device), "device"), (data.cpu(), place)):
+        torch.manual_seed(0)
+        model = build(name, source).to(device)
+        vqgnn.convert(model, source, method, place=where, folder=tmp_path)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(2):
+            for batch in vqgnn.BatchLoader(source, batch_size=13, seed=3, device=device):
+                loss = F.cross_entropy(model(batch.x, batch.graph), batch.y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        results.append([loss.detach().cpu(), vqgnn.inference.layerwise(model, source).cpu()])
+    for value, truth in zip(*results, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-3, atol=1e-4)
+
+
 def test_a_moved_batch_takes_what_it_needs_once(data, tmp_path):
     model = vqgnn.convert(build("gcn", data), data, "gas", place="host")
     batch = next(iter(vqgnn.BatchLoader(data, batch_size=13)))

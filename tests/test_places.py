@@ -134,11 +134,11 @@ def test_a_failed_snapshot_leaves_the_old_one(snapshot, monkeypatch):
 
 
 def test_bad_places(tmp_path):
-    with pytest.raises(ValueError, match=r"place='cloud'.*device, host, disk"):
+    with pytest.raises(ValueError, match=r"place='cloud'.*device, host, disk, pinned"):
         NodeStore(N, DIM, place="cloud")
     with pytest.raises(ValueError, match="disk needs a folder"):
         NodeStore(N, DIM, place="disk")
-    with pytest.raises(ValueError, match=r"place='cloud'.*auto, device, host, disk"):
+    with pytest.raises(ValueError, match=r"place='cloud'.*auto, device, host, disk, pinned"):
         vqgnn.convert(GCN(6, 8, 2, 3), awkward_graph(), place="cloud")
     with pytest.raises(ValueError, match="place='disk' needs the graph in RAM, the data is on cuda"):
         places.resolve("disk", 1, torch.device("cuda"), torch.device("cuda"))

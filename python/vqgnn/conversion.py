@@ -64,7 +64,8 @@ def convert(
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
         place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
-            (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half.
+            (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
+            "pinned" (see `NodeStore`).
         folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
@@ -123,7 +124,7 @@ def convert(
         needed = sum(NodeStore.size_of(**shape) for shape in wanted.values())
         place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
         where = {"place": place, "folder": folder, "device": device}
-        if wanted and place != "device":
+        if wanted and place in ("host", "disk"):
             where["engine"] = TransferEngine(device=device)
         for conv, shape in wanted.items():
             uses[conv].store = NodeStore(**shape, **where, **codebook)
@@ -131,7 +132,9 @@ def convert(
         for conv, cls in classes.items():
             conv.__class__ = cls
         raise
-    reads = [(use.store, use.convolution) for use in uses.values() if use.store is not None and place != "device"]
+    reads = [
+        (use.store, use.convolution) for use in uses.values() if use.store is not None and place in ("host", "disk")
+    ]
     graph.halo_wanted |= any(use.store is not None and use.store.in_place for use in uses.values())
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads

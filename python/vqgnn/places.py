@@ -7,7 +7,7 @@ import torch
 from . import memory
 from .memory import size
 
-PLACES = ("device", "host", "disk")  # fastest first; "auto" takes the first that is large enough
+PLACES = ("device", "host", "disk", "pinned")  # "auto" takes the first that is large enough, "pinned" never
 _SHARE = 0.5  # of the free memory that `auto` gives to node state: activations and the graph need the rest
 
 
@@ -31,7 +31,7 @@ def resolve(place: str, nbytes: int, device: torch.device, data: torch.device) -
     if place not in ("auto", *PLACES):
         raise ValueError(f"place={place!r} is unknown; choose one of auto, {', '.join(PLACES)}")
     if data.type != "cpu":  # then the ids of a batch's neighbours are there too, and reading them would stall
-        if place in ("host", "disk"):
+        if place not in ("auto", "device"):
             raise ValueError(f"place={place!r} needs the graph in RAM, the data is on {data}; give data.cpu()")
         return "device"
     return choose(nbytes, device)[0] if place == "auto" else place

@@ -23,6 +23,7 @@ from .transfer import Ticket, TransferEngine
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
+_ENCODED = ("data", "scale", "grad_data", "grad_scale")  # the tables that kernels read
 
 # A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
 _STORES: weakref.WeakValueDictionary[int, NodeStore] = weakref.WeakValueDictionary()
@@ -116,7 +117,8 @@ class NodeStore(nn.Module):
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
         place: where the tables lie: "device" (the model's), "host" (RAM) or "disk" (memory-mapped scratch files). From
             the last two, batches on a GPU get their halo's rows, encoded, through a `TransferEngine`; on the CPU those
-            on disk are read in place, once the engine has read ahead.
+            on disk are read in place, once the engine has read ahead. "pinned" is RAM that a GPU's kernels read and
+            write in place over the bus: no copies, for small halos.
         folder: of the scratch files; they have no names and end with the store. Needed for place="disk".
         device: that computes.
         engine: for place="host" and "disk", to share one; default: its own.
@@ -140,11 +142,14 @@ class NodeStore(nn.Module):
         super().__init__()
         if place not in PLACES or (place == "disk" and folder is None):
             raise ValueError(f"place={place!r}, folder={folder!r}: use one of {', '.join(PLACES)}; disk needs a folder")
+        if place == "pinned" and not torch.cuda.is_available():
+            raise ValueError("place='pinned' is for the kernels of a GPU, and torch sees none; use place='device'")
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
         self.place, self._device, self._engine = place, device and torch.device(device), engine
         self._numbers: dict[str, int] = {}  # of the tables that the engine knows
         zeros = partial(tables.zeros, folder) if place == "disk" else torch.zeros
-        data, scale = self.codec.table(num_nodes, dim, zeros)
+        encoded = partial(torch.zeros, pin_memory=True) if place == "pinned" else zeros
+        data, scale = self.codec.table(num_nodes, dim, encoded)
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
         self.codebook = None
@@ -153,7 +158,7 @@ class NodeStore(nn.Module):
         elif options:
             raise ValueError(f"codebook options {sorted(options)} were given, but codec={self.codec} has no codebook")
         rows_of_gradients = grad and self.codebook is None
-        grad_data, grad_scale = self.codec.table(num_nodes, dim, zeros) if rows_of_gradients else (None, None)
+        grad_data, grad_scale = self.codec.table(num_nodes, dim, encoded) if rows_of_gradients else (None, None)
         self.register_buffer("grad_data", grad_data)
         self.register_buffer("grad_scale", grad_scale)
         softmax = None
@@ -185,6 +190,10 @@ class NodeStore(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if self.place == "pinned":
+            for name in _ENCODED:
+                table = getattr(self, name)
+                setattr(self, name, None if table is None else table.pin_memory())
         self._register()  # a copy records into itself
 
     def _apply(self, fn, recurse: bool = True):
@@ -203,6 +212,10 @@ class NodeStore(nn.Module):
             )
         if self.codebook is not None:
             self.codebook.to(device)
+        if self.place == "pinned":
+            for name, table in self.named_buffers(recurse=False):
+                if name not in _ENCODED:
+                    setattr(self, name, table.to(device))
 
     def extra_repr(self) -> str:
         return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}, place={self.place}"
@@ -215,7 +228,7 @@ class NodeStore(nn.Module):
     @property
     def in_place(self) -> bool:
         """Whether kernels read and write the tables where they lie."""
-        return self.place == "device" or (self.place == "disk" and self.device.type == "cpu")
+        return self.place in ("device", "pinned") or (self.place == "disk" and self.device.type == "cpu")
 
     @property
     def engine(self) -> TransferEngine:
@@ -243,7 +256,7 @@ class NodeStore(nn.Module):
 
         It is what pushes so far have written. Read in place from disk, pages are only read ahead.
         """
-        if self.place == "device":
+        if self.place in ("device", "pinned"):
             return {}
         wanted = {"data": csr.halo, "scale": csr.halo}
         if self.grad and torch.is_grad_enabled():
@@ -281,8 +294,8 @@ class NodeStore(nn.Module):
         """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows. softmax
-        [b, 2, heads] goes with g where the store was made with heads. n_id is where the tables are: for place="host"
-        and "disk" in host memory, where an n_id on a GPU must be waited for.
+        [b, 2, heads] goes with g where the store was made with heads. for place="host" and
+        "disk" n_id is in host memory; one on a GPU must be waited for.
         """
         row = {"x": (x, (self.dim,)), "g": (g, (self.dim,))}
         if self.softmax is not None:
@@ -294,7 +307,7 @@ class NodeStore(nn.Module):
                 )
         if n_id.numel() == 0:
             return
-        n_id = n_id.to(self.data.device)
+        n_id = n_id.to(self.written.device)
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         self._write("", n_id, value)
         if g is not None and self.grad_data is not None:
@@ -310,7 +323,7 @@ class NodeStore(nn.Module):
     @torch.no_grad()
     def recode(self, n_id: Tensor, x: Tensor) -> None:
         """Write the codes of states x [b, dim] of nodes n_id [b] by the codebook as it is; it does not learn."""
-        self._write("", n_id.to(self.data.device), self.codebook.assign(x.float()))
+        self._write("", n_id.to(self.written.device), self.codebook.assign(x.float()))
 
     def _write(self, prefix: str, n_id: Tensor, value: Tensor) -> None:
         """Encode rows into a pair of tables (data, scale)."""

@@ -147,7 +147,7 @@ class Trainer:
     def _graph_device(self) -> torch.device:
         """Where the graph lies: on a GPU if half of its free memory takes the graph and the node state; else in RAM."""
         config, data, cpu = self.config, self.dataset.data, torch.device("cpu")
-        if self.device.type == "cpu" or isinstance(data, MappedData) or config.place in ("host", "disk"):
+        if self.device.type == "cpu" or isinstance(data, MappedData) or config.place not in ("auto", "device"):
             return cpu
         codec, grad = METHODS[config.method]
         hidden = {"num_nodes": data.num_nodes, "dim": config.hidden, "codec": config.codec or codec, "grad": grad}
