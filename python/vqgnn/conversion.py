@@ -132,10 +132,9 @@ def convert(
         for conv, cls in classes.items():
             conv.__class__ = cls
         raise
-    reads = [
-        (use.store, use.convolution) for use in uses.values() if use.store is not None and place in ("host", "disk")
-    ]
-    graph.halo_wanted |= any(use.store is not None and use.store.in_place for use in uses.values())
+    kept = [(use.store, use.convolution) for use in uses.values() if use.store is not None]
+    reads = kept if place in ("host", "disk") else []
+    graph.halo_wanted |= any(store.in_place for store, _ in kept)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
         inputs = {"precompute": "input_messages", "rows": conv.input_slices}
