@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 import torch
@@ -31,7 +32,8 @@ class TransferEngine:
     child cannot use its parent's engine: calls raise a RuntimeError.
 
     Args:
-        num_threads: threads that gather and scatter, beside two that wait for copies if there is a device.
+        num_threads: threads that gather and scatter, beside two that wait for copies if there is a device. Default:
+            half as many as there are cores, at most 16.
         slots: pinned staging buffers for each direction, if there is a device. Two batches' rows should fit into them:
             there they wait, off the bus, for their turn at the table.
         slot_bytes: size of one; a table's row must fit into it.
@@ -42,7 +44,7 @@ class TransferEngine:
 
     def __init__(
         self,
-        num_threads: int = 2,
+        num_threads: int | None = None,
         slots: int = 32,
         slot_bytes: int = 1 << 20,
         device: torch.device | str | None = None,
@@ -53,6 +55,8 @@ class TransferEngine:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         index = self.device.index if self.device.type == "cuda" else -1
+        if num_threads is None:
+            num_threads = min(max(1, (os.cpu_count() or 1) // 2), 16)
         sizes = dict(num_threads=num_threads, slots=slots, slot_bytes=slot_bytes)
         self._native = kernels.transfer_engine(**sizes, device=index)
         self._copy_stream = None
