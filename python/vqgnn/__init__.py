@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import inference, nn
+    from . import diagnostics, inference, nn
     from .codebook import Codebook
     from .conversion import convert, stores
     from .graph import BatchGraph, Convolution, Graph
@@ -28,6 +28,7 @@ _MODULE_OF = {
     "Graph": "graph",
     "NodeStore": "store",
     "convert": "conversion",
+    "diagnostics": None,
     "inference": None,
     "nn": None,
     "partition": "partitioning",
@@ -44,6 +45,7 @@ __all__ = [
     "Graph",
     "NodeStore",
     "convert",
+    "diagnostics",
     "inference",
     "nn",
     "partition",

@@ -110,10 +110,7 @@ def warmup(
     """
 
     def fill(conv: StoreConv, rows: Tensor) -> None:
-        store = conv.store_use.store
-        if store is None:
-            return
-        n = rows.size(0)
+        store, n = conv.store_use.store, rows.size(0)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
         for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
@@ -122,11 +119,35 @@ def warmup(
             for n_id in torch.arange(n, device=rows.device).split(_BATCH):
                 store.recode(n_id, rows[n_id].to(store.device))
 
+    visit_inputs(model, data, fill, forward, dtype, folder, progress)
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: nn.Module,
+    data: Data,
+    visit: Callable[[StoreConv, Tensor], None],
+    forward: Callable[[nn.Module, Batch], Tensor] = call_model,
+    dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Call `visit(conv, X)` for each conv with a store, with the exact states X [n, f] of all nodes that it is of.
+
+    One exact forward sweep; dtype, folder and progress are those of `layerwise`.
+    """
+    visited = set()
+
+    def stored(conv: StoreConv, rows: Tensor) -> None:
+        if conv.store_use.store is not None:
+            visited.add(conv.store_use.store)
+            visit(conv, rows)
+
     with evaluating(model):
-        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=fill).run(model)
+        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=stored).run(model)
     for conv in model.modules():  # a store of the first conv's inputs (input="codes") is no conv's output
-        if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
-            fill(conv, conv.message_input(data.x.to(device_of(model, data))))
+        if isinstance(conv, StoreConv) and conv.store_use.store not in {None, *visited}:
+            visit(conv, conv.message_input(data.x.to(device_of(model, data))))
 
 
 class _NextConv(Exception):

@@ -145,7 +145,8 @@ class NodeStore(nn.Module):
         if place == "pinned" and not torch.cuda.is_available():
             raise ValueError("place='pinned' is for the kernels of a GPU, and torch sees none; use place='device'")
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
-        self.place, self._device, self._engine = place, device and torch.device(device), engine
+        self.place, self._engine = place, engine
+        self._device = None if device is None else torch.empty(0, device=device).device
         self._numbers: dict[str, int] = {}  # of the tables that the engine knows
         zeros = partial(tables.zeros, folder) if place == "disk" else torch.zeros
         encoded = partial(torch.zeros, pin_memory=True) if place == "pinned" else zeros
@@ -360,6 +361,15 @@ class NodeStore(nn.Module):
         halo = CSR(n_id, n_id, None, n_id.cpu())
         with torch.no_grad():
             rows = self.neighbours(halo, halo, self.start(halo, halo)).rows
+        return kernels.pull_rows(rows, None, self.dim)
+
+    @torch.no_grad()
+    def quantised(self, x: Tensor) -> Tensor:
+        """States x [b, dim] as a push and a pull would give them back, fp32; a codebook does not learn from them."""
+        pair = self.codec.table(x.size(0), self.dim, partial(torch.zeros, device=x.device))
+        rows = self.rows._replace(data=pair[0], scale=pair[1])
+        n_id = torch.arange(x.size(0), device=x.device)
+        kernels.push_rows(rows, n_id, self.codebook.assign(x.float()) if self.codebook else x)
         return kernels.pull_rows(rows, None, self.dim)
 
     @property
