@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import random_graph
+from graphs import dense_convolution, random_graph
 from test_invariants import CLASSES, FIXED, build
 from test_store import assert_same, stored
 
@@ -39,7 +39,7 @@ def test_messages_are_within_the_bound(name, input, data):
     found = error_bound(model, data, batch)
     assert [layer.conv for layer in found] == list(vqgnn.stores(model))
     for layer in found:
-        assert 0 < layer.quantisation and 0 < layer.messages <= layer.bound
+        assert layer.quantisation > 0 and 0 < layer.messages <= layer.bound
     for state, store in zip(before, stores, strict=True):
         assert_same(stored(store), state)
     assert model.training
@@ -52,20 +52,13 @@ def test_figures_are_those_of_dense_matrices(data):
     x = model.convs[0](data.x, data.edge_index).relu()
     x = model.convs[1](x, data.edge_index).relu()
     kept = vqgnn.stores(model)["convs.2"].pull()
-    dense = dense_gcn(data)
+    dense = dense_convolution(data, "gcn")
     mixed = kept.index_copy(0, batch.n_id, x[batch.n_id])
     last = error_bound(model, data, batch)[-1]
     torch.testing.assert_close(torch.tensor(last.relative_error), (kept - x).norm() / x.norm())
     torch.testing.assert_close(torch.tensor(last.messages), (dense @ (mixed - x))[batch.n_id].norm())
     torch.testing.assert_close(torch.tensor(last.bound), dense.norm() * (kept - x).norm())
     assert last.quantisation == 0  # fp32 rows: all of it is staleness
-
-
-def dense_gcn(data):
-    n = data.num_nodes
-    dense = torch.eye(n).index_put_((data.edge_index[1], data.edge_index[0]), torch.ones(1), accumulate=True)
-    scale = dense.sum(1).rsqrt()
-    return scale[:, None] * dense * scale
 
 
 def test_fresh_rows_have_no_error(data):
