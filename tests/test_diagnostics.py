@@ -52,7 +52,7 @@ def test_figures_are_those_of_dense_matrices(data):
     x = model.convs[0](data.x, data.edge_index).relu()
     x = model.convs[1](x, data.edge_index).relu()
     kept = vqgnn.stores(model)["convs.2"].pull()
-    dense = dense_convolution(data, "gcn")
+    dense = dense_convolution(data, "gcn").float()
     mixed = kept.index_copy(0, batch.n_id, x[batch.n_id])
     last = error_bound(model, data, batch)[-1]
     torch.testing.assert_close(torch.tensor(last.relative_error), (kept - x).norm() / x.norm())
