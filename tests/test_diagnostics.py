@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import dense_convolution, random_graph
-from test_invariants import CLASSES, FIXED, build
+from graphs import awkward_graph, dense_convolution
+from test_invariants import FIXED, build
 from test_store import assert_same, stored
 
 import vqgnn
@@ -13,7 +13,7 @@ from vqgnn.diagnostics import error_bound
 
 @pytest.fixture(params=[False, True], ids=["directed", "undirected"])
 def data(request):
-    return random_graph(request.param, CLASSES)
+    return awkward_graph(undirected=request.param)
 
 
 def trained(name, data, method, codec, input="auto", steps=3):
