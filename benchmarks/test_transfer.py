@@ -7,6 +7,7 @@ figures show how the engine schedules, not how fast a GPU is. Host gathers and s
 """
 
 import ctypes
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -180,6 +181,38 @@ def test_host_overlap(versus, one_thread, tmp_path):
         }
         assert torch.equal(engine.pull(number, n_id, out).wait(), table[n_id])
         versus(ours, peers, size="n=1M k=100k row=512 B, (1000 x 1000)^2", rounds=15)
+
+
+def test_read_ahead(versus, one_thread, tmp_path):
+    """Rows of a file that is not in RAM, used in place after a multiplication: read ahead meanwhile, or when met."""
+    rows, row_bytes = 2_000_000, 128
+    path = tmp_path / "rows"
+    torch.arange(rows * row_bytes // 4, **HOST).int().numpy().tofile(path)  # 256 MB
+    n_id = torch.randperm(rows, **HOST)[:100_000].sort().values
+    a, b = torch.randn(1500, 1500, **HOST), torch.randn(1500, 1500, **HOST)
+    with open(path, "rb") as handle, TransferEngine(1) as engine:
+        os.fsync(handle.fileno())
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        table = torch.frombuffer(mapped, dtype=torch.int32).view(rows, -1)
+        number = engine.add_table(table)
+
+        def evict():
+            mapped.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        def use(ahead: bool):
+            evict()
+            if ahead:
+                engine.read_ahead(number, n_id)
+            for _ in range(4):
+                a @ b
+            return table[n_id]
+
+        assert torch.equal(use(True), use(False))
+        versus(
+            lambda: use(True), {"in_place": lambda: use(False), "compute_alone": lambda: [a @ b for _ in range(4)]},
+            size=f"n=2M k=100k row={row_bytes} B, 4 (1500 x 1500)^2", rounds=9,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("row_bytes", [256, 1024])

@@ -65,3 +65,12 @@ def dense_rows(csr, n_id: Tensor, num_nodes: int) -> Tensor:
         for e in range(rowptr[i], rowptr[i + 1]):
             out[i, back[csr.col[e]]] += 1.0 if csr.weight is None else float(csr.weight[e])
     return out
+
+
+def random_graph(undirected: bool, classes: int) -> Data:
+    n = 50
+    edge_index = torch.randint(0, n - 3, (2, 220))  # the last three nodes are isolated; duplicates are likely
+    edge_index = torch.cat([edge_index, edge_index[:, :5]], 1)
+    if undirected:
+        edge_index = torch.cat([edge_index, edge_index.flip(0)], 1)
+    return Data(x=torch.randn(n, 7), edge_index=edge_index, y=torch.randint(0, classes, (n,)))

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch_geometric.data import Data
+from graphs import random_graph
 from torch_geometric.nn import models
 from torch_geometric.utils import to_dense_adj
 
@@ -22,12 +22,7 @@ LAYERS, HIDDEN, CLASSES = 3, 10, 4
 
 @pytest.fixture(params=["directed", "undirected"])
 def data(request):
-    n = 50
-    edge_index = torch.randint(0, n - 3, (2, 220))  # the last three nodes are isolated; duplicates are likely
-    edge_index = torch.cat([edge_index, edge_index[:, :5]], 1)
-    if request.param == "undirected":
-        edge_index = torch.cat([edge_index, edge_index.flip(0)], 1)
-    return Data(x=torch.randn(n, 7), edge_index=edge_index, y=torch.randint(0, CLASSES, (n,)))
+    return random_graph(undirected=request.param == "undirected", classes=CLASSES)
 
 
 def build(name, data, **options):

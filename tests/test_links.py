@@ -122,7 +122,7 @@ def test_hits_against_hand_counts():
 def test_score_of_a_pair(head):
     model = LinkModel(torch.nn.Identity(), 4, head)
     z = torch.randn(5, 4)
-    score = model.score(z, torch.tensor([[0, 3], [1, 3]]))
+    score = model.score(*z[torch.tensor([[0, 3], [1, 3]])])
     product = torch.stack([z[0] * z[1], z[3] * z[3]])
     torch.testing.assert_close(score, product.sum(1) if head == "dot" else model.head(product)[:, 0])
 

@@ -145,9 +145,14 @@ def test_prefetching_changes_nothing(load, data, sampler):
             assert torch.equal(batch.n_id, batches[0].n_id) and torch.equal(batch.x, batches[0].x)
             # built by the thread already, and right
             torch.testing.assert_close(
-                dense_rows(batch.graph._slices[convolution][0], batch.n_id, 40), dense[batch.n_id], atol=1e-6, rtol=1e-6
+                dense_rows(batch.graph._made["csr", convolution][0], batch.n_id, 40),
+                dense[batch.n_id],
+                atol=1e-6,
+                rtol=1e-6,
             )
-            assert torch.equal(batch.graph._inputs[Convolution("mean")], graph.product(Convolution("mean"))[batch.n_id])
+            assert torch.equal(
+                batch.graph._made["input_messages", Convolution("mean")], graph.product(Convolution("mean"))[batch.n_id]
+            )
 
 
 def test_batches_are_built_ahead_but_not_far(load):

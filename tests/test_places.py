@@ -134,27 +134,31 @@ def test_a_failed_snapshot_leaves_the_old_one(snapshot, monkeypatch):
 
 
 def test_bad_places(tmp_path):
-    with pytest.raises(ValueError, match=r"place='cloud'.*device, disk"):
+    with pytest.raises(ValueError, match=r"place='cloud'.*device, host, disk, pinned"):
         NodeStore(N, DIM, place="cloud")
     with pytest.raises(ValueError, match="disk needs a folder"):
         NodeStore(N, DIM, place="disk")
-    with pytest.raises(ValueError, match=r"place='cloud'.*auto, device, disk"):
+    with pytest.raises(ValueError, match=r"place='cloud'.*auto, device, host, disk, pinned"):
         vqgnn.convert(GCN(6, 8, 2, 3), awkward_graph(), place="cloud")
-    with pytest.raises(ValueError, match="place='disk' needs the CPU"):
-        places.resolve("disk", 1, torch.device("cuda"))
-    with pytest.raises(ValueError, match="on disk cannot move"):
+    with pytest.raises(ValueError, match="place='disk' needs the graph in RAM, the data is on cuda"):
+        places.resolve("disk", 1, torch.device("cuda"), torch.device("cuda"))
+    with pytest.raises(ValueError, match="on disk serves cpu and cannot move"):
         NodeStore(N, DIM, place="disk", folder=tmp_path).to("meta")
 
 
 def test_auto_goes_by_size_and_free_memory(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 10 * GIB)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert places.choose(5 * GIB, cpu)[0] == "device"
-    assert places.choose(5 * GIB + 1, cpu)[0] == "disk"
+    monkeypatch.setattr(memory, "available", lambda device: {"cpu": 100, "cuda": 10}[device.type] * GIB)
+    assert places.choose(50 * GIB, cpu)[0] == "device"
+    assert places.choose(50 * GIB + 1, cpu)[0] == "disk"
+    assert places.choose(5 * GIB, gpu) == ("device", "5.4 GB is at most half of 10.7 GB free on the GPU")
     assert places.choose(6 * GIB, gpu) == (
-        "device", "6.4 GB is more than half of 10.7 GB free, but state on disk needs --device cpu",
+        "host", "6.4 GB is more than half of 10.7 GB free on the GPU; 6.4 GB is at most half of 107 GB free",
     )  # fmt: skip
-    assert places.resolve("device", 9 * GIB, cpu) == "device"
+    assert places.choose(51 * GIB, gpu)[0] == "disk"
+    assert places.resolve("auto", 6 * GIB, gpu, cpu) == "host"
+    assert places.resolve("auto", 6 * GIB, gpu, gpu) == "device"  # a graph on the GPU has its state there
+    assert places.resolve("device", 90 * GIB, cpu, cpu) == "device"
     monkeypatch.setattr(memory, "available", lambda device: None)
     assert places.choose(6 * GIB, cpu) == ("device", "free memory is unknown")
 

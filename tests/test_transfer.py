@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import mmap
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -200,6 +202,31 @@ def test_a_table_in_a_mapped_file(tmp_path):
         assert torch.equal(engine.pull(number, n_id).wait(), src)
     read = torch.from_file(str(path), shared=False, size=3000 * 24).view(3000, 24)
     assert torch.equal(read[n_id], src)
+
+
+def test_read_ahead_spares_the_reader_the_disk(tmp_path):
+    """Page faults that wait for the disk are the workers', not those of the thread that uses the rows in place."""
+    rows, bytes_a_row = 20_000, 100
+    path = tmp_path / "rows"
+    path.write_bytes(os.urandom(rows * bytes_a_row))
+    n_id = torch.arange(0, rows, 1000)  # a fault reads some pages around its own
+
+    def faults_of_reading(ahead: bool) -> int:
+        with open(path, "rb") as handle, TransferEngine() as engine:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped.madvise(mmap.MADV_RANDOM)
+            table = torch.frombuffer(mapped, dtype=torch.uint8).view(rows, bytes_a_row)
+            if ahead:
+                engine.read_ahead(engine.add_table(table), n_id).wait()
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+            table[n_id].sum()
+            return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - before
+
+    if faults_of_reading(ahead=False) < len(n_id) // 2:
+        pytest.skip("this file system keeps its files in RAM")
+    assert faults_of_reading(ahead=True) == 0
 
 
 def test_operations_on_a_table_keep_the_order_of_the_calls():

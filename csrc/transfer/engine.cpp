@@ -46,6 +46,21 @@ void copy_rows(char* table, char* batch, const int64_t* ids, int64_t k, int64_t 
   }
 }
 
+// Reads a byte of every page that the rows lie in: those of a mapped file are then in RAM.
+void touch_rows(const char* table, int64_t num_rows, const int64_t* ids, int64_t k, int64_t row_bytes) {
+  const int64_t page = sysconf(_SC_PAGESIZE), offset = int64_t(uintptr_t(table) % uintptr_t(page));
+  table -= offset;
+  std::vector<bool> seen(size_t((offset + num_rows * row_bytes) / page + 1));
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t start = offset + ids[i] * row_bytes, last = (start + row_bytes - 1) / page;
+    for (int64_t at = start / page; at <= last; ++at) {
+      if (seen[size_t(at)]) continue;
+      seen[size_t(at)] = true;
+      static_cast<void>(*static_cast<const volatile char*>(table + std::max(start, at * page)));
+    }
+  }
+}
+
 struct Ids {
   std::unique_ptr<int64_t[]> values;
   bool increasing = true;
@@ -120,7 +135,7 @@ struct Operation {
   int64_t number;  // of the call: a worker takes the oldest piece
   std::unique_ptr<int64_t[]> ids;
   int64_t k;
-  uintptr_t memory;  // out or src
+  uintptr_t memory;  // out or src; 0: the rows are read ahead only
   int64_t piece_rows, pieces;
   bool in_turn;  // a push with equal ids: piece after piece
 
@@ -168,7 +183,7 @@ class Engine::Impl {
   Ticket start_operation(bool is_push, int table_number, const int64_t* ids, int64_t k, uintptr_t memory,
                          std::optional<Stream> stream) {
     Table& table = find_table(table_number);
-    if (k < 0 || (k > 0 && (ids == nullptr || memory == 0))) {
+    if (k < 0 || (k > 0 && (ids == nullptr || (memory == 0 && (is_push || stream.has_value()))))) {
       throw std::invalid_argument("k must be >= 0, with addresses of ids and rows, got k=" + std::to_string(k));
     }
     if (stream.has_value() && options_.device < 0) {
@@ -462,10 +477,11 @@ class Engine::Impl {
 
   static void move_rows(const Piece& piece) {
     const Operation& operation = *piece.operation;
+    const Table& table = *operation.table;
+    const int64_t* ids = operation.ids.get() + piece.index * operation.piece_rows;
+    if (operation.memory == 0) return touch_rows(table.data, table.num_rows, ids, rows_of(piece), table.row_bytes);
     char* batch = static_cast<char*>(piece.slot != nullptr ? piece.slot->memory
                                                            : reinterpret_cast<void*>(address_of(piece)));
-    const int64_t* ids = operation.ids.get() + piece.index * operation.piece_rows;
-    const Table& table = *operation.table;
     const auto copy = operation.is_push ? copy_rows<true> : copy_rows<false>;
     copy(table.data, batch, ids, rows_of(piece), table.row_bytes);
   }

@@ -74,7 +74,7 @@ class Engine {
   int add_table(void* data, int64_t num_rows, int64_t row_bytes, bool pin = false);
 
   // out[i] = table[ids[i]] for i < k. With a stream, `out` is device memory, free to be written once the work so far on
-  // that stream is done; without, host memory.
+  // that stream is done; without, host memory. out = 0: nothing is copied, but the rows of a mapped file are then in RAM.
   Ticket pull(int table, const int64_t* ids, int64_t k, uintptr_t out, std::optional<Stream> stream);
 
   // table[ids[i]] = src[i] for i < k; of equal ids the last wins. With a stream, `src` is device memory, valid once the

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import inference, nn
+    from . import diagnostics, inference, nn
     from .codebook import Codebook
     from .conversion import convert, stores
     from .graph import BatchGraph, Convolution, Graph
@@ -31,6 +31,7 @@ _MODULE_OF = {
     "LinkLoader": "links",
     "NodeStore": "store",
     "convert": "conversion",
+    "diagnostics": None,
     "inference": None,
     "new_nodes": "serving",
     "nn": None,
@@ -49,6 +50,7 @@ __all__ = [
     "LinkLoader",
     "NodeStore",
     "convert",
+    "diagnostics",
     "inference",
     "new_nodes",
     "nn",

@@ -51,8 +51,10 @@ class Config:
         None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
     )
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
-    place: Literal["auto", "device", "disk"] = option(
-        "auto", "Where node states lie; 'auto': on disk if they would take over half of the free memory."
+    place: Literal["auto", "device", "host", "disk", "pinned"] = option(
+        "auto",
+        "Where node states lie: the device's memory, RAM beside a GPU, files; 'auto': the first with twice the room; "
+        "'pinned': RAM that the GPU reads in place.",
     )
     sampler: Literal["node", "cluster", "edge", "walk"] = option(
         "node", "Batches of random nodes, METIS clusters, end points of random edges, or random walks."

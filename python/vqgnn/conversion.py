@@ -12,12 +12,13 @@ from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 
 from .graph import BatchGraph, Graph
-from .inference import call_model, evaluating, warmup
+from .inference import call_model, device_of, evaluating, warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
 from .partitioning import cache_folder
 from .places import resolve
 from .store import Codec, NodeStore
+from .transfer import TransferEngine
 
 # method -> default codec, gradient store
 METHODS = {
@@ -48,7 +49,8 @@ def convert(
 
     Args:
         model: any module whose message passing is done by PyG's GCNConv, SAGEConv (mean, sum), GINConv or GATConv.
-        data: the whole graph; normalisation coefficients come from it.
+        data: the whole graph; normalisation coefficients come from it. It may stay in RAM for a model on a GPU: give
+            BatchLoader the model's device then.
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
@@ -61,8 +63,9 @@ def convert(
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
-        place: where node state lies: "device" (the data's), "disk" (memory-mapped files, on the CPU), or "auto": disk
-            where it would take more than half of the free memory.
+        place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
+            (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
+            "pinned" (see `NodeStore`).
         folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
@@ -84,7 +87,7 @@ def convert(
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
-    graph = Graph.of(data)
+    graph, device = Graph.of(data), device_of(model, data)
     convs = _find(model)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
     classes = {conv: type(conv) for conv in convs.values()}
@@ -92,7 +95,7 @@ def convert(
         conv.__class__ = CONVS.get(cls, cls)
     try:
         convolutions = {conv: conv.convolution() for conv in convs.values()}
-        calls = _probe(model, graph, forward)
+        calls = _probe(model, graph, device, forward)
         uses: dict[StoreConv, StoreUse] = {}
         wanted: dict[StoreConv, dict] = {}  # the convs with a store: its arguments
         for index, (name, conv) in enumerate(convs.items()):
@@ -118,18 +121,22 @@ def convert(
                     "seed": seed + index,
                     "heads": conv.softmax_heads,
                 }
-        with torch.device("meta"):  # the very stores, without their memory
-            needed = sum(NodeStore(**shape).nbytes for shape in wanted.values())
-        place, folder = resolve(place, needed, graph.x.device), Path(folder or cache_folder() / "state")
+        needed = sum(NodeStore.size_of(**shape) for shape in wanted.values())
+        place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
+        where = {"place": place, "folder": folder, "device": device}
+        if wanted and place in ("host", "disk"):
+            where["engine"] = TransferEngine(device=device)
         for conv, shape in wanted.items():
-            uses[conv].store = NodeStore(**shape, place=place, folder=folder, **codebook)
-            uses[conv].store.to(graph.x.device)
+            uses[conv].store = NodeStore(**shape, **where, **codebook)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, cls in classes.items():
             conv.__class__ = cls
         raise
+    kept = [(use.store, use.convolution) for use in uses.values() if use.store is not None]
+    reads = kept if place in ("host", "disk") else []
+    graph.halo_wanted |= any(store.in_place for store, _ in kept)
     for conv, use in uses.items():
-        conv.store_use = use
+        conv.store_use, use.reads = use, reads
         inputs = {"precompute": "input_messages", "rows": conv.input_slices}
         graph.wanted[use.convolution, inputs.get(use.input, "csr")] = None
     if fill and stores(model):
@@ -167,7 +174,7 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     return convs
 
 
-def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int, bool]]:
+def _probe(model: nn.Module, graph: Graph, device: torch.device, forward) -> dict[StoreConv, tuple[int, bool]]:
     """What each conv is given: (channels of its messages, whether they are the features themselves)."""
     calls: dict[StoreConv, tuple[int, bool]] = {}
 
@@ -178,7 +185,7 @@ def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int
         calls[conv] = (source.size(1), (source if conv.fixed else x) is batch.x)
         return conv.combine(x, torch.zeros_like(source))
 
-    x = graph.x[:_PROBE_NODES].clone()
+    x = graph.x[:_PROBE_NODES].clone().to(device)
     n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
         forward(model, Batch(BatchGraph(graph, n_id, x, run=note), {"x": x}))

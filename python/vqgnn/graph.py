@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
 
 from .disk_graph import MappedData
+from .store import Neighbours, NodeStore
+from .transfer import Ticket
 
 _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the result is ever as tall as the graph
 
@@ -140,6 +143,7 @@ class Graph:
         self._products: dict[Convolution, Tensor] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
+        self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
 
     @classmethod
     def of(cls, data: Data) -> Graph:
@@ -208,9 +212,9 @@ class BatchGraph:
     n_id: Tensor
     x: Tensor
     run: object | None = None
-    _slices: dict[Convolution, tuple[CSR, CSR]] = field(default_factory=dict, repr=False)
-    _bipartite: dict[Convolution, tuple[CSR, CSR, Tensor]] = field(default_factory=dict, repr=False)
-    _inputs: dict[Convolution, Tensor] = field(default_factory=dict, repr=False)
+    started: bool = False  # see `start`
+    _made: dict[tuple[str, Convolution], Any] = field(default_factory=dict, repr=False)
+    _started: dict[NodeStore, dict[str, Ticket]] = field(default_factory=dict, repr=False)
 
     def prepare(self) -> BatchGraph:
         """Slice all that the converted models of this graph need (done by the loader's thread)."""
@@ -218,56 +222,142 @@ class BatchGraph:
             getattr(self, method)(convolution)
         return self
 
-    def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo."""
-        if convolution not in self._slices:
-            self._slices[convolution] = self._slice(convolution)
-        return self._slices[convolution]
-
-    def _slice(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        m = self.graph.matrix(convolution)
-        if self.whole:
-            none = self.n_id.new_empty(0)
-            return CSR(m.rowptr, m.col, m.weight, none), CSR(m.rowptr_t, m.col_t, m.weight_t, none)
-        forward = self._slice_one(m.rowptr, m.col, m.weight)
-        if not m.symmetric_structure:
-            return forward, self._slice_one(m.rowptr_t, m.col_t, m.weight_t)
-        if m.weight_t is m.weight:
-            return forward, forward
-        weight_t = kernels.csr_slice_values(m.rowptr, self.n_id, forward.rowptr, m.weight_t)
-        return forward, forward._replace(weight=weight_t)
-
-    def _slice_one(self, rowptr: Tensor, col: Tensor, weight: Tensor | None) -> CSR:
-        rowptr_b, col_b, halo = kernels.csr_slice(rowptr, col, self.n_id)
-        if weight is not None:
-            weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
-        return CSR(rowptr_b, col_b, weight, halo)
-
-    def bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
-        """The batch's rows of C [b, b + h] over given rows of batch and halo, its transpose, and the halo's ids [h]."""
-        if convolution not in self._bipartite:
-            csr, csr_t = self.csr(convolution)
-            none = self.n_id.new_empty(0)
-            if not self.whole:
-                b, h, e = self.n_id.numel(), csr.halo.numel(), csr.col.numel()
-                order = torch.argsort(csr.col, stable=True)
-                row = torch.arange(b, dtype=torch.int32, device=order.device)
-                row = row.repeat_interleave(csr.rowptr.diff(), output_size=e)
-                rowptr_t = torch.searchsorted(
-                    csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device)
-                )
-                csr_t = CSR(rowptr_t, row[order], None, none)
-            self._bipartite[convolution] = csr._replace(halo=none), csr_t, csr.halo
-        return self._bipartite[convolution]
-
-    def input_messages(self, convolution: Convolution) -> Tensor:
-        """The batch's rows of C X."""
-        if convolution not in self._inputs:
-            product = self.graph.product(convolution)
-            self._inputs[convolution] = product if self.whole else product[self.n_id]
-        return self._inputs[convolution]
+    @property
+    def origin(self) -> BatchGraph:
+        """This batch on the graph's device."""
+        return self
 
     @property
     def whole(self) -> bool:
         """Whether the batch is the graph itself, in its own order."""
         return self.x is self.graph.x
+
+    def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo."""
+        return self._once("csr", convolution)
+
+    def bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
+        """The batch's rows of C [b, b + h] over rows of batch and halo, its transpose, and the halo's x [h, f]."""
+        return self._once("bipartite", convolution)
+
+    def input_messages(self, convolution: Convolution) -> Tensor:
+        """The batch's rows of C X [b, f]."""
+        return self._once("input_messages", convolution)
+
+    def exact_neighbours(self, convolution: Convolution) -> Neighbours:
+        """The batch's neighbours with their given features."""
+        return self._once("exact_neighbours", convolution)
+
+    def start(self, reads: list[tuple[NodeStore, Convolution]]) -> None:
+        """Begin to bring what `neighbours` will be asked for, in this order."""
+        self.started = True
+        for store, convolution in reads:
+            self._started[store] = store.start(*self.origin.csr(convolution))
+
+    def neighbours(self, store: NodeStore, convolution: Convolution) -> Neighbours:
+        """The batch's neighbours with their stored states."""
+        started = None
+        if not store.in_place:
+            started = self._started.pop(store, None) or store.start(*self.origin.csr(convolution))
+        return store.neighbours(*self.csr(convolution), started)
+
+    def read(self, rows: Rows, convolution: Convolution) -> Neighbours:
+        """The batch's neighbours with states from a table of all nodes beside the graph; without gradients."""
+        return Neighbours(self.csr(convolution)[0], rows)
+
+    def _once(self, name: str, convolution: Convolution) -> Any:
+        if (name, convolution) not in self._made:
+            self._made[name, convolution] = getattr(self, f"_make_{name}")(convolution)
+        return self._made[name, convolution]
+
+    def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        m = self.graph.matrix(convolution)
+        if self.whole:
+            none = self.n_id.new_empty(0)
+            return CSR(m.rowptr, m.col, m.weight, none), CSR(m.rowptr_t, m.col_t, m.weight_t, none)
+        forward = self._slice(m.rowptr, m.col, m.weight)
+        if not m.symmetric_structure:
+            return forward, self._slice(m.rowptr_t, m.col_t, m.weight_t)
+        if m.weight_t is m.weight:
+            return forward, forward
+        weight_t = kernels.csr_slice_values(m.rowptr, self.n_id, forward.rowptr, m.weight_t)
+        return forward, forward._replace(weight=weight_t)
+
+    def _slice(self, rowptr: Tensor, col: Tensor, weight: Tensor | None) -> CSR:
+        rowptr_b, col_b, halo = kernels.csr_slice(rowptr, col, self.n_id)
+        if weight is not None:
+            weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
+        return CSR(rowptr_b, col_b, weight, halo)
+
+    def _make_bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
+        csr, csr_t = self.csr(convolution)
+        none = self.n_id.new_empty(0)
+        if not self.whole:
+            b, h, e = self.n_id.numel(), csr.halo.numel(), csr.col.numel()
+            order = torch.argsort(csr.col, stable=True)
+            row = torch.arange(b, dtype=torch.int32, device=order.device)
+            row = row.repeat_interleave(csr.rowptr.diff(), output_size=e)
+            rowptr_t = torch.searchsorted(
+                csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device)
+            )
+            csr_t = CSR(rowptr_t, row[order], None, none)
+        return csr._replace(halo=none), csr_t, self.graph.x[csr.halo]
+
+    def _make_input_messages(self, convolution: Convolution) -> Tensor:
+        product = self.graph.product(convolution)
+        return product if self.whole else product[self.n_id]
+
+    def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
+        csr, csr_t = self.csr(convolution)
+        return Neighbours(csr, self.graph.features, csr_t)
+
+
+class MovedBatch(BatchGraph):
+    """A batch for a model on another device than the graph: what it needs is made beside the graph, then moved.
+
+    `move` copies a tensor to the model's device.
+    """
+
+    def __init__(self, origin: BatchGraph, move: Callable[[Tensor], Tensor]):
+        self._origin, self._copy, self._copies = origin, move, {}
+        super().__init__(origin.graph, self._moved(origin.n_id), self._moved(origin.x), origin.run)
+
+    @property
+    def origin(self) -> BatchGraph:
+        return self._origin
+
+    @property
+    def whole(self) -> bool:
+        return self._origin.whole
+
+    def _moved(self, value: Any) -> Any:
+        """The tensors in tuples of tuples, each moved once."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._copies:
+                self._copies[id(value)] = value, self._copy(value)  # kept, so that nothing else gets its id
+            return self._copies[id(value)][1]
+        if isinstance(value, Rows | CSR | Neighbours):
+            return type(value)(*map(self._moved, value))
+        return tuple(map(self._moved, value)) if isinstance(value, tuple) else value
+
+    def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        csrs = self._origin.csr(convolution)
+        if not self.graph.halo_wanted:  # the stores bring its rows
+            csrs = tuple(csr._replace(halo=None) for csr in csrs)
+        return self._moved(csrs)
+
+    def _make_bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
+        return self._moved(self._origin.bipartite(convolution))
+
+    def _make_input_messages(self, convolution: Convolution) -> Tensor:
+        return self._moved(self._origin.input_messages(convolution))
+
+    def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
+        csr_t = self.csr(convolution)[1]
+        return self.read(self.graph.features, convolution)._replace(csr_t=csr_t._replace(halo=None))
+
+    def read(self, rows: Rows, convolution: Convolution) -> Neighbours:
+        halo = self._origin.csr(convolution)[0].halo
+        data, scale = (None if t is None else self._copy(t[halo]) for t in (rows.data, rows.scale))
+        csr = self.csr(convolution)[0]._replace(halo=None)
+        return Neighbours(csr, rows._replace(data=data, scale=scale))

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
 from . import tables
-from .graph import BatchGraph, Graph
+from .graph import BatchGraph, Graph, MovedBatch
 from .loader import Batch, BatchLoader
 from .nn import StoreConv
 
@@ -38,6 +37,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def device_of(model: nn.Module, data: Data) -> torch.device:
+    """Where the model computes."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), data.x.device)
 
 
 @torch.no_grad()
@@ -79,13 +83,13 @@ def layerwise(
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
     with evaluating(model):
         if method == "stale":
-            loader = BatchLoader(data, batch_size, seed=0)
+            loader = BatchLoader(data, batch_size, seed=0, device=device_of(model, data))
             outputs = None
             for batch in tqdm(loader, disable=not progress, desc="inference", leave=False):
                 out = forward(model, batch)
                 if outputs is None:
-                    outputs = out.new_empty(data.num_nodes, out.size(1))
-                outputs[batch.n_id] = out
+                    outputs = torch.empty(data.num_nodes, out.size(1), dtype=out.dtype, device=data.x.device)
+                outputs[batch.graph.origin.n_id] = out.to(data.x.device)
             return outputs
         return _Sweep(data, batch_size, dtype, folder, forward, progress, quantise=method == "vq").run(model)
 
@@ -106,23 +110,44 @@ def warmup(
     """
 
     def fill(conv: StoreConv, rows: Tensor) -> None:
-        store = conv.store_use.store
-        if store is None:
-            return
-        n = rows.size(0)
+        store, n = conv.store_use.store, rows.size(0)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
         for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
-            store.push(n_id, rows[n_id].float())
+            store.push(n_id, rows[n_id].to(store.device, torch.float32))
         if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
             for n_id in torch.arange(n, device=rows.device).split(_BATCH):
-                kernels.push_rows(store.rows, n_id, store.codebook.assign(rows[n_id].float()))
+                store.recode(n_id, rows[n_id].to(store.device))
+
+    visit_inputs(model, data, fill, forward, dtype, folder, progress)
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: nn.Module,
+    data: Data,
+    visit: Callable[[StoreConv, Tensor], None],
+    forward: Callable[[nn.Module, Batch], Tensor] = call_model,
+    dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Call `visit(conv, X)` for each conv with a store, with the exact states X [n, f] of all nodes that it is of.
+
+    One exact forward sweep; dtype, folder and progress are those of `layerwise`.
+    """
+    visited = set()
+
+    def stored(conv: StoreConv, rows: Tensor) -> None:
+        if conv.store_use.store is not None:
+            visited.add(conv.store_use.store)
+            visit(conv, rows)
 
     with evaluating(model):
-        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=fill).run(model)
+        _Sweep(data, None, dtype, folder, forward, progress, on_inputs=stored).run(model)
     for conv in model.modules():  # a store of the first conv's inputs (input="codes") is no conv's output
-        if isinstance(conv, StoreConv) and conv.store_use.store is not None and conv.store_use.store.step == 0:
-            fill(conv, conv.message_input(data.x))
+        if isinstance(conv, StoreConv) and conv.store_use.store not in {None, *visited}:
+            visit(conv, conv.message_input(data.x.to(device_of(model, data))))
 
 
 class _NextConv(Exception):
@@ -146,6 +171,7 @@ class _Sweep:
 
     def run(self, model: nn.Module) -> Tensor | None:
         graph = self.graph
+        self.device = device_of(model, graph)
         num_convs, self.chain = self._structure(model)
         self.chain &= not self.quantise
         ranges = [(s, min(s + self.batch_size, graph.num_nodes)) for s in range(0, graph.num_nodes, self.batch_size)]
@@ -160,8 +186,10 @@ class _Sweep:
                 self.range, self.call = (start, stop), 0
                 x = graph.x if stop - start == graph.num_nodes else graph.x[start:stop]
                 batch_graph = BatchGraph(graph, torch.arange(start, stop, device=x.device), x, run=self)
+                if x.device != self.device:
+                    batch_graph = MovedBatch(batch_graph, lambda tensor: tensor.to(self.device))
                 try:
-                    out = self.forward(model, Batch(batch_graph, {"x": x}))
+                    out = self.forward(model, Batch(batch_graph, {"x": batch_graph.x}))
                 except _NextConv:
                     continue
                 if result is None:
@@ -179,9 +207,9 @@ class _Sweep:
         if index < len(self.outputs) - 1:
             if self.chain:  # nobody will look: the conv of this pass takes its x from the recorded inputs
                 return x.new_zeros(stop - start, self.widths[index])
-            return self.outputs[index][start:stop].to(x.dtype)
+            return self.outputs[index][start:stop].to(x)
         if self.chain and self.inputs is not None and index == len(self.outputs) - 1:
-            x = self.inputs.data[start:stop].to(x.dtype)
+            x = self.inputs.data[start:stop].to(x)
         source = conv.message_input(x)
         if index >= len(self.outputs) or (source is not batch.x and self.inputs is None):
             return self._record(conv, source)
@@ -189,9 +217,9 @@ class _Sweep:
         if source is batch.x:
             messages = self._input_messages(conv, batch)
         elif self.quantise or not conv.fixed:
-            messages = conv.batch_messages(source, batch.csr(convolution)[0], self.inputs)[0]
+            messages = conv.batch_messages(source, batch.read(self.inputs, convolution))[0]
         else:
-            messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x.dtype)
+            messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x)
         out = conv.combine(x, messages)
         if len(self.widths) == index:
             self.widths.append(out.size(1))
@@ -225,7 +253,7 @@ class _Sweep:
             outputs.append(out)
             return out * 1  # not the leaf itself: models may work in place
 
-        x = self.graph.x[:2].clone()
+        x = self.graph.x[:2].clone().to(self.device)
         with torch.enable_grad():
             n_id = torch.arange(len(x), device=x.device)
             out = self.forward(model, Batch(BatchGraph(self.graph, n_id, x, run=note), {"x": x}))
@@ -235,8 +263,8 @@ class _Sweep:
     def _input_messages(self, conv: StoreConv, batch: BatchGraph) -> Tensor:
         use = conv.store_use
         if use.input == "precompute":
-            return self.graph.product(use.convolution)[slice(*self.range)]
-        return self.graph.propagate(use.convolution, self.graph.features, *self.range, batch.x.size(1))
+            return self.graph.product(use.convolution)[slice(*self.range)].to(batch.x)
+        return self.graph.propagate(use.convolution, self.graph.features, *self.range, batch.x.size(1)).to(batch.x)
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:
         """Keep what the next conv is given for these nodes and leave the model, until all nodes are known."""
@@ -247,7 +275,7 @@ class _Sweep:
                 raise ValueError("method='vq' needs a model converted with method='vq'; use method='exact'")
             source_codes = conv.store_use.store.codebook.assign(source)
             if self.recorded is None:
-                self.recorded = source_codes.new_empty(self.graph.num_nodes, source_codes.size(1))
+                self.recorded = self._rows(source_codes.size(1), dtype=source_codes.dtype)
             self.recorded[start:stop] = source_codes
         else:
             if self.recorded is None:

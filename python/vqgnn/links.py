@@ -107,7 +107,7 @@ class LinkLoader(BatchLoader):
         edges: [2, e], to predict.
         batch_size: end points a batch; nodes that occur more than once are in it once. Default: a tenth of the graph.
         whole: one batch of all edges, in the whole graph.
-        seed, prefetch: as in `BatchLoader`.
+        seed, prefetch, device: as in `BatchLoader`.
     """
 
     def __init__(
@@ -118,8 +118,9 @@ class LinkLoader(BatchLoader):
         whole: bool = False,
         seed: int = 0,
         prefetch: int = 2,
+        device: torch.device | str | None = None,
     ):
-        super().__init__(data, batch_size, seed=seed, prefetch=prefetch)
+        super().__init__(data, batch_size, seed=seed, prefetch=prefetch, device=device)
         self.edges, self.whole = edges, whole
         batch_size = batch_size or math.ceil(data.num_nodes / 10)
         self._num_batches = 1 if whole else math.ceil(4 * edges.size(1) / batch_size)
@@ -138,8 +139,8 @@ class LinkLoader(BatchLoader):
         else:
             n_id, position = pairs.unique(return_inverse=True)
         batch = super()._build(n_id)
-        batch.pairs = position
-        batch.labels = (torch.arange(pairs.size(1), device=pairs.device) < pairs.size(1) // 2).float()
+        batch.pairs = position.to(self.device)
+        batch.labels = (torch.arange(pairs.size(1), device=self.device) < pairs.size(1) // 2).float()
         return batch
 
 
@@ -156,9 +157,9 @@ class LinkModel(nn.Module):
     def forward(self, x: Tensor, graph: object = None) -> Tensor:
         return self.gnn(x, graph)
 
-    def score(self, z: Tensor, pairs: Tensor) -> Tensor:
-        """[p] logits of pairs [2, p] of rows of z."""
-        product = z[pairs[0]] * z[pairs[1]]
+    def score(self, first: Tensor, second: Tensor) -> Tensor:
+        """[p] logits of pairs of outputs [p, f]."""
+        product = first * second
         return product.sum(1) if self.head is None else self.head(product)[:, 0]
 
 

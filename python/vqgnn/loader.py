@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from vqgnn_kernels import set_num_threads
 
 from . import samplers
-from .graph import BatchGraph, Graph
+from .graph import BatchGraph, Graph, MovedBatch
 from .samplers import SAMPLERS
 
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
@@ -40,6 +40,26 @@ class Batch:
         return f"Batch({sizes})"
 
 
+class _Move:
+    """Moves the tensors of one batch to a GPU, beside what is computed there."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream):
+        self.device, self.stream, self.copies = device, stream, []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        with torch.cuda.stream(self.stream):
+            self.copies.append(tensor.pin_memory().to(self.device, non_blocking=True))
+            self.last = self.stream.record_event()
+        return self.copies[-1]
+
+    def wait(self) -> None:
+        """Let the current stream wait for the copies, and the allocator know that it uses them."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.last)
+        for copy in self.copies:
+            copy.record_stream(current)
+
+
 class BatchLoader:
     """Iterates over the nodes of a graph in mini-batches; an epoch visits each node once, or weighs its loss.
 
@@ -56,6 +76,8 @@ class BatchLoader:
         seed: with the epoch's number it decides the order.
         prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
         cache_dir: folder for partitions; default: the user's cache folder.
+        device: where the model computes; default: the data's. Batches of data in RAM are moved to a GPU by a copy
+            stream of their own, while the model computes.
     """
 
     def __init__(
@@ -69,6 +91,7 @@ class BatchLoader:
         seed: int = 0,
         prefetch: int = 2,
         cache_dir: str | Path | None = None,
+        device: torch.device | str | None = None,
     ):
         n = data.num_nodes
         if sampler not in SAMPLERS:
@@ -83,6 +106,11 @@ class BatchLoader:
             raise ValueError(f"prefetch={prefetch} must be 0 (no background thread) or more")
         self.data, self.sampler, self.shuffle, self.seed, self.prefetch = data, sampler, shuffle, seed, prefetch
         self.graph = Graph.of(data)
+        self.device = self.graph.x.device if device is None else torch.device(device)
+        moves = self.device.type != self.graph.x.device.type
+        if moves and self.graph.x.is_cuda:
+            raise ValueError(f"device={device!r} but the data is on {self.graph.x.device}; give data.cpu()")
+        self._stream = torch.cuda.Stream(self.device) if moves else None
         self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
         self._epoch = 0
         if num_parts is None:
@@ -108,7 +136,7 @@ class BatchLoader:
         node_ids = self._draw(self._epoch)
         self._epoch += 1
         if self.prefetch == 0:
-            yield from map(self._build, node_ids)
+            yield from (self._arrived(self._build(n_id)) for n_id in node_ids)
             return
         yield from self._in_background(node_ids)
 
@@ -125,10 +153,22 @@ class BatchLoader:
     def _build(self, n_id: Tensor) -> Batch:
         graph = self.graph
         if n_id.numel() == graph.num_nodes:
-            return Batch(BatchGraph(graph, n_id, graph.x).prepare(), {"x": graph.x, **self._tensors})
-        x = graph.x[n_id]
-        tensors = {k: v[n_id] for k, v in self._tensors.items()}
-        return Batch(BatchGraph(graph, n_id, x).prepare(), {"x": x, **tensors})
+            batch_graph, tensors = BatchGraph(graph, n_id, graph.x), self._tensors
+        else:
+            batch_graph = BatchGraph(graph, n_id, graph.x[n_id])
+            tensors = {k: v[n_id] for k, v in self._tensors.items()}
+        if self._stream is None:
+            return Batch(batch_graph.prepare(), {"x": batch_graph.x, **tensors})
+        move = _Move(self.device, self._stream)
+        moved = MovedBatch(batch_graph, move).prepare()
+        batch = Batch(moved, {"x": moved.x, **{name: move(tensor) for name, tensor in tensors.items()}})
+        batch.arrival = move
+        return batch
+
+    def _arrived(self, batch: Batch) -> Batch:
+        if self._stream is not None:
+            batch.arrival.wait()
+        return batch
 
     def _in_background(self, node_ids: list[Tensor]) -> Iterator[Batch]:
         ready: queue.Queue = queue.Queue(self.prefetch)
@@ -158,7 +198,7 @@ class BatchLoader:
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                yield self._arrived(item)
         finally:
             stop.set()
             thread.join()

@@ -7,7 +7,7 @@ compute eq. 6 of VQ-GNN, M_B = C_BB X_B + C_BH X~_H. Where C is fixed that comes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor
 from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, row_scores
 
 from .graph import BatchGraph, Convolution
-from .store import NodeStore
+from .store import Neighbours, NodeStore
 
 INPUTS = ("auto", "precompute", "rows", "codes")
 
@@ -29,13 +29,15 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph.
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. reads: of the
+    whole model, stores whose rows take time to come, so that the first conv asks for all of them.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
     whole: bool = False
+    reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
 
 
 class StoreConv:
@@ -43,7 +45,7 @@ class StoreConv:
 
     store_use: StoreUse | None = None
     fixed = True  # whether messages are C X with a matrix C known beforehand
-    input_slices = "csr"  # the method of BatchGraph that `input_messages` calls
+    input_slices = "exact_neighbours"  # the method of BatchGraph that `input_messages` calls
     softmax_heads = 0  # of which a store of gradients must keep the softmax
 
     def forward(self, x, edge_index, *args, **kwargs):
@@ -67,25 +69,17 @@ class StoreConv:
         """[b, f]: what neighbours are told, X of C X."""
         return x
 
-    def batch_messages(
-        self,
-        source: Tensor,
-        csr: CSR,
-        rows: Rows | None = None,
-        csr_t: CSR | None = None,
-        store: NodeStore | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def batch_messages(self, source: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor | None]:
         """Messages M [r, f] of batch rows `source` [b, f] and of halo rows in a table, by eq. 6.
 
-        Their gradient takes in the halo's from the store, by eq. 7. The second result is the log-sum-exp [r, heads] of
+        Their gradient takes in the halo's from its table, by eq. 7. The second result is the log-sum-exp [r, heads] of
         an attention's scores.
         """
-        return aggregate(source, csr, rows, csr_t, None if store is None else store.grad_rows), None
+        return aggregate(source, *neighbours[:4]), None
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         """M [b, f] from features x [b, in_channels], with the halo's features read exactly."""
-        csr, csr_t = graph.csr(self.store_use.convolution)
-        return self.batch_messages(x, csr, graph.graph.features, csr_t)[0]
+        return self.batch_messages(x, graph.exact_neighbours(self.store_use.convolution))[0]
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
         """[b, out_channels] from the node's own x [b, in_channels] and M [b, f]."""
@@ -95,6 +89,8 @@ class StoreConv:
         use = self.store_use
         if use is None:
             raise ValueError(f"{type(self).__name__} got a batch graph before vqgnn.convert; convert the model first")
+        if use.reads and not graph.started:
+            _start(graph, use)
         if use.input == "precompute" and x is graph.x:
             return graph.input_messages(use.convolution)
         if use.whole and not graph.whole:
@@ -106,12 +102,14 @@ class StoreConv:
             graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
         source, store = self.message_input(x), use.store
-        csr, csr_t = graph.csr(use.convolution)
         if store is None:
-            return self.batch_messages(source, csr, None, csr_t)[0]
-        messages, lse = self.batch_messages(source, csr, store.rows, csr_t, store)
+            csr, csr_t = graph.csr(use.convolution)
+            return self.batch_messages(source, Neighbours(csr, None, csr_t))[0]
+        neighbours = _stored(graph, use) if use.reads else graph.neighbours(store, use.convolution)
+        messages, lse = self.batch_messages(source, neighbours)
         if self.training:
-            self._record(store, graph.n_id, source, messages, lse)
+            n_id = graph.n_id if store.in_place else graph.origin.n_id
+            self._record(store, n_id, source, messages, lse)
         return messages
 
     def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor, lse: Tensor | None) -> None:
@@ -138,6 +136,21 @@ class StoreConv:
         if self.store_use is not None and self.store_use.store is not None:
             self.store_use.store._apply(fn, *args, **kwargs)
         return self
+
+
+@torch.compiler.disable  # transfers are no part of a graph
+def _start(graph: BatchGraph, use: StoreUse) -> None:
+    graph.start(use.reads)
+
+
+@torch.compiler.disable
+def _stored(graph: BatchGraph, use: StoreUse) -> Neighbours:
+    return graph.neighbours(use.store, use.convolution)
+
+
+def _entries(csr: CSR, rows: Rows) -> Tensor:
+    """[h] rows of the table, one a halo entry."""
+    return torch.arange(len(rows.data), device=rows.data.device) if csr.halo is None else csr.halo
 
 
 def _require(conv, allowed: bool, option: str, came, what: str) -> None:
@@ -220,25 +233,17 @@ class GATConv(StoreConv, pyg.GATConv):
     def message_input(self, x: Tensor) -> Tensor:
         return self.lin(x)
 
-    def batch_messages(
-        self,
-        source: Tensor,
-        csr: CSR,
-        rows: Rows | None = None,
-        csr_t: CSR | None = None,
-        store: NodeStore | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def batch_messages(self, source: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor | None]:
+        csr, rows, csr_t, grad_rows, rows_t, softmax = neighbours
         values = source.view(-1, self.heads, self.out_channels)
         key = (values * self.att_src).sum(2)
         query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)
-        grad_rows = softmax = None
         if rows is not None:
-            key = torch.cat([key, row_scores(rows, csr.halo, self._score_weight(self.att_src))])
+            key = torch.cat([key, row_scores(rows, _entries(csr, rows), self._score_weight(self.att_src))])
             if rows.codebook is not None:  # learns between forward and backward, which must read the same rows
                 rows = rows._replace(codebook=rows.codebook.clone())
-        if store is not None and store.grad:
-            grad_rows, softmax = store.grad_rows, store.softmax[csr_t.halo]
-            query = torch.cat([query, row_scores(rows, csr_t.halo, self._score_weight(self.att_dst))])
+        if grad_rows is not None:
+            query = torch.cat([query, row_scores(rows_t, _entries(csr_t, rows_t), self._score_weight(self.att_dst))])
         dropout = self.dropout if self.training else 0.0
         seed = torch.randint(2**31, (), device=key.device) if dropout else 0
         out, lse = attention_aggregate(
@@ -254,9 +259,8 @@ class GATConv(StoreConv, pyg.GATConv):
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
-        if halo.numel():
-            x = torch.cat([x, graph.graph.features.data[halo]])
-        return self.batch_messages(self.message_input(x), csr, csr_t=csr_t)[0]
+        x = torch.cat([x, halo])
+        return self.batch_messages(self.message_input(x), Neighbours(csr, None, csr_t))[0]
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
         out = messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)

@@ -117,8 +117,6 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     Activations: a layer keeps its input, its messages, and the results of linear map, norm, ReLU and dropout for
     backward, all [nodes of the batch, hidden] fp32. The input layer reads the features, so it has no state.
     """
-    import torch
-
     from .places import choose
     from .store import NodeStore
     from .train import pick_device
@@ -131,8 +129,8 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     rows = [(title, "node state", "activations of a batch", "a batch", "--place auto")]
     for method, (codec, grad) in _METHODS.items():
         for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
-            with torch.device("meta"):  # the very store that training makes, without its memory
-                state = NodeStore(n, config.hidden, text, grad).nbytes * hidden_layers
+            store = {"num_nodes": n, "dim": config.hidden, "codec": text, "grad": grad}
+            state = NodeStore.size_of(**store) * hidden_layers
             place = "{}: {}".format(*choose(state, device))
             rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes", place))
     rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes", ""))

@@ -12,9 +12,10 @@ from vqgnn_kernels import Rows
 
 from .disk_graph import MappedData
 from .graph import BatchGraph, Graph
-from .inference import call_model, evaluating
+from .inference import call_model, device_of, evaluating
 from .loader import Batch
 from .nn import StoreConv
+from .store import Neighbours
 
 
 @torch.no_grad()
@@ -63,23 +64,25 @@ def new_nodes(
             "the model keeps no states of the known nodes; convert (train) it with method vq, gas or lmc, or add the "
             "new nodes to the graph and use exact inference"
         )
+    device = device_of(model, data)
     known = edge_index[edge_index < n].unique()
-    graph = _surroundings(data, x, edge_index, known)
+    graph = Graph(_surroundings(data, x, edge_index, known).to(device))
+    known = known.to(device)
 
     def answer(conv: StoreConv, value: Tensor, batch: BatchGraph) -> Tensor:
         use = conv.store_use
         states = conv.message_input(graph.x[k:-1]) if use.input is not None else use.store.pull(known)
         csr = batch.csr(use.convolution)[0]
         csr = csr._replace(halo=csr.halo - k)
-        rows = Rows("fp32", states.float().contiguous(), None, None)
-        return conv.combine(value, conv.batch_messages(conv.message_input(value), csr, rows)[0])
+        neighbours = Neighbours(csr, Rows("fp32", states.float().contiguous(), None, None))
+        return conv.combine(value, conv.batch_messages(conv.message_input(value), neighbours)[0])
 
     with evaluating(model):
-        batch = BatchGraph(graph, torch.arange(k, device=x.device), x, run=answer)
-        return forward(model, Batch(batch, {"x": x}))
+        batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
+        return forward(model, Batch(batch, {"x": batch.x}))
 
 
-def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> Graph:
+def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> Data:
     """The graph of the new nodes 0..k-1, their known neighbours k.., and one last node for all others.
 
     It has every edge to those nodes, so that the rows of any convolution normalised by degrees are right.
@@ -90,7 +93,7 @@ def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> G
     local[n:] = torch.arange(k, device=x.device)
     edges = local[torch.cat([edge_index, _edges_to(data, known)], 1)]
     features = torch.cat([x, data.x[known], x.new_zeros(1, x.size(1))])
-    return Graph(Data(x=features, edge_index=edges))
+    return Data(x=features, edge_index=edges)
 
 
 def _edges_to(data: Data, nodes: Tensor) -> Tensor:

@@ -8,20 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import vqgnn_kernels as kernels
-from vqgnn_kernels import Rows
+from vqgnn_kernels import CSR, Rows
 
 from . import tables
 from .codebook import Codebook
 from .places import PLACES
+from .transfer import Ticket, TransferEngine
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
+_ENCODED = ("data", "scale", "grad_data", "grad_scale")  # the tables that kernels read
 
 # A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
 _STORES: weakref.WeakValueDictionary[int, NodeStore] = weakref.WeakValueDictionary()
@@ -85,6 +87,21 @@ class Codec:
         return zeros(num_nodes, width, dtype=torch.uint8), zeros(num_nodes, 2, dtype=torch.bfloat16)
 
 
+class Neighbours(NamedTuple):
+    """What a conv reads of its batch: the batch's rows of C and of C^T, and the tables that their halo points into.
+
+    rows, rows_t: states of csr's and of csr_t's halo; grad_rows, softmax [h_t, 2, heads]: gradients of csr_t's, and
+    the softmax of an attention.
+    """
+
+    csr: CSR
+    rows: Rows | None = None
+    csr_t: CSR | None = None
+    grad_rows: Rows | None = None
+    rows_t: Rows | None = None
+    softmax: Tensor | None = None
+
+
 class NodeStore(nn.Module):
     """State of every node at the input of one conv, and (with `grad`) the gradient of its messages.
 
@@ -98,8 +115,13 @@ class NodeStore(nn.Module):
         seed: of the codebook.
         heads: with grad, of an attention whose softmax over each node's neighbours is kept too, in 8 bytes a head:
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
-        place: where the tables lie: "device" (the model's), or "disk", memory-mapped scratch files on the CPU's side.
+        place: where the tables lie: "device" (the model's), "host" (RAM) or "disk" (memory-mapped scratch files). From
+            the last two, batches on a GPU get their halo's rows, encoded, through a `TransferEngine`; on the CPU those
+            on disk are read in place, once the engine has read ahead. "pinned" is RAM that a GPU's kernels read and
+            write in place over the bus: no copies, for small halos.
         folder: of the scratch files; they have no names and end with the store. Needed for place="disk".
+        device: that computes.
+        engine: for place="host" and "disk", to share one; default: its own.
         options: further arguments of `Codebook`.
     """
 
@@ -113,15 +135,22 @@ class NodeStore(nn.Module):
         heads: int = 0,
         place: str = "device",
         folder: str | Path | None = None,
+        device: torch.device | str | None = None,
+        engine: TransferEngine | None = None,
         **options,
     ):
         super().__init__()
         if place not in PLACES or (place == "disk" and folder is None):
             raise ValueError(f"place={place!r}, folder={folder!r}: use one of {', '.join(PLACES)}; disk needs a folder")
+        if place == "pinned" and not torch.cuda.is_available():
+            raise ValueError("place='pinned' is for the kernels of a GPU, and torch sees none; use place='device'")
         self.num_nodes, self.dim, self.codec, self.grad = num_nodes, dim, Codec.parse(codec), grad
-        self.place = place
+        self.place, self._engine = place, engine
+        self._device = None if device is None else torch.empty(0, device=device).device
+        self._numbers: dict[str, int] = {}  # of the tables that the engine knows
         zeros = partial(tables.zeros, folder) if place == "disk" else torch.zeros
-        data, scale = self.codec.table(num_nodes, dim, zeros)
+        encoded = partial(torch.zeros, pin_memory=True) if place == "pinned" else zeros
+        data, scale = self.codec.table(num_nodes, dim, encoded)
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
         self.codebook = None
@@ -130,7 +159,7 @@ class NodeStore(nn.Module):
         elif options:
             raise ValueError(f"codebook options {sorted(options)} were given, but codec={self.codec} has no codebook")
         rows_of_gradients = grad and self.codebook is None
-        grad_data, grad_scale = self.codec.table(num_nodes, dim, zeros) if rows_of_gradients else (None, None)
+        grad_data, grad_scale = self.codec.table(num_nodes, dim, encoded) if rows_of_gradients else (None, None)
         self.register_buffer("grad_data", grad_data)
         self.register_buffer("grad_scale", grad_scale)
         softmax = None
@@ -141,25 +170,73 @@ class NodeStore(nn.Module):
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_state_dict_pre_hook(lambda store, *_: store.flush())
         self._register()
+        if device is not None:
+            self._follow(self._device)
+
+    @classmethod
+    def size_of(cls, **options) -> int:
+        """`nbytes` of a store with these arguments, which is not made."""
+        with torch.device("meta"):
+            return cls(**options).nbytes
 
     def _register(self) -> None:
         self.handle = next(_HANDLES)
         _STORES[self.handle] = self
 
+    def __getstate__(self) -> dict:
+        self.flush()
+        return self.__dict__ | {"_engine": None, "_numbers": {}}
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if self.place == "pinned":
+            for name in _ENCODED:
+                table = getattr(self, name)
+                setattr(self, name, None if table is None else table.pin_memory())
         self._register()  # a copy records into itself
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but keep the dtypes: `model.half()` must not change the codec."""
-        device = fn(torch.empty(0, device=self.data.device)).device
-        if self.place == "disk" and device.type != "cpu":
-            raise ValueError(f"node state on disk cannot move to {device}; convert the model there with place='device'")
-        return super()._apply(lambda tensor: tensor.to(device), recurse)
+        self._follow(fn(torch.empty(0, device=self.device)).device)
+        return self
+
+    def _follow(self, device: torch.device) -> None:
+        if self.place == "device":
+            super()._apply(lambda tensor: tensor.to(device))
+            return
+        if device != self.device:
+            raise ValueError(
+                f"node state on {self.place} serves {self.device} and cannot move to {device}; move the model there, "
+                "then convert it"
+            )
+        if self.codebook is not None:
+            self.codebook.to(device)
+        if self.place == "pinned":
+            for name, table in self.named_buffers(recurse=False):
+                if name not in _ENCODED:
+                    setattr(self, name, table.to(device))
 
     def extra_repr(self) -> str:
-        return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}"
+        return f"num_nodes={self.num_nodes}, dim={self.dim}, codec={self.codec}, grad={self.grad}, place={self.place}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where pushed states are and pulled ones come."""
+        return self.data.device if self.place == "device" else self._device or torch.device("cpu")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether kernels read and write the tables where they lie."""
+        return self.place in ("device", "pinned") or (self.place == "disk" and self.device.type == "cpu")
+
+    @property
+    def engine(self) -> TransferEngine:
+        """Moves rows of tables that are not on the device; made at the first use."""
+        if self._engine is None:
+            self._engine = TransferEngine(device=self.device)
+        return self._engine
 
     @property
     def rows(self) -> Rows:
@@ -175,12 +252,51 @@ class NodeStore(nn.Module):
             return Rows("pq", self.data, None, self.codebook.g_values)
         return Rows(self.codec.name, self.grad_data, self.grad_scale, None)
 
+    def start(self, csr: CSR, csr_t: CSR) -> dict[str, Ticket]:
+        """Begin to bring what `neighbours` will read of a batch with this halo, whose ids are in host memory.
+
+        It is what pushes so far have written. Read in place from disk, pages are only read ahead.
+        """
+        if self.place in ("device", "pinned"):
+            return {}
+        wanted = {"data": csr.halo, "scale": csr.halo}
+        if self.grad and torch.is_grad_enabled():
+            wanted |= {name: csr_t.halo for name in ("grad_data", "grad_scale", "softmax")}
+            if csr_t.halo is not csr.halo and (self.codebook is not None or self.softmax is not None):
+                wanted |= {"data_t": csr_t.halo, "scale_t": csr_t.halo}
+        tickets = {}
+        for name, n_id in wanted.items():
+            table = name.removesuffix("_t")
+            if getattr(self, table) is not None:
+                operation = self.engine.read_ahead if self.in_place else self.engine.pull
+                tickets[name] = operation(self._number(table), n_id)
+        return tickets
+
+    def neighbours(self, csr: CSR, csr_t: CSR, started: dict[str, Ticket] | None = None) -> Neighbours:
+        """What a conv reads of a batch with these matrices; `started` by `start`, unless the tables are in place."""
+        rows, grad_rows, rows_t = self.rows, self.grad_rows, self.rows
+        if self.in_place:
+            softmax = None if self.softmax is None else self.softmax[csr_t.halo]
+            return Neighbours(csr, rows, csr_t, grad_rows, rows_t, softmax)
+        got = {name: ticket.wait() for name, ticket in started.items()}
+        rows = rows._replace(data=got["data"], scale=got.get("scale"))
+        rows_t = rows._replace(data=got["data_t"], scale=got.get("scale_t")) if "data_t" in got else rows
+        if self.codebook is not None and self.grad:
+            grad_rows = grad_rows._replace(data=rows_t.data)
+        elif "grad_data" in got:
+            grad_rows = grad_rows._replace(data=got["grad_data"], scale=got.get("grad_scale"))
+        else:
+            grad_rows = None
+        csr, csr_t = csr._replace(halo=None), csr_t._replace(halo=None)
+        return Neighbours(csr, rows, csr_t, grad_rows, rows_t, got.get("softmax"))
+
     @torch.no_grad()
     def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None, softmax: Tensor | None = None) -> None:
         """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows. softmax
-        [b, 2, heads] goes with g where the store was made with heads.
+        [b, 2, heads] goes with g where the store was made with heads. for place="host" and
+        "disk" n_id is in host memory; one on a GPU must be waited for.
         """
         row = {"x": (x, (self.dim,)), "g": (g, (self.dim,))}
         if self.softmax is not None:
@@ -192,18 +308,69 @@ class NodeStore(nn.Module):
                 )
         if n_id.numel() == 0:
             return
+        n_id = n_id.to(self.written.device)
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
-        kernels.push_rows(self.rows, n_id, value)
+        self._write("", n_id, value)
         if g is not None and self.grad_data is not None:
-            kernels.push_rows(self.grad_rows, n_id, g)
+            self._write("grad_", n_id, g)
         if self.softmax is not None and softmax is not None:
-            self.softmax[n_id] = softmax
+            if self.in_place:
+                self.softmax[n_id] = softmax
+            else:
+                self._send("softmax", n_id, softmax)
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
+    @torch.no_grad()
+    def recode(self, n_id: Tensor, x: Tensor) -> None:
+        """Write the codes of states x [b, dim] of nodes n_id [b] by the codebook as it is; it does not learn."""
+        self._write("", n_id.to(self.written.device), self.codebook.assign(x.float()))
+
+    def _write(self, prefix: str, n_id: Tensor, value: Tensor) -> None:
+        """Encode rows into a pair of tables (data, scale)."""
+        names = (f"{prefix}data", f"{prefix}scale")
+        pair = [getattr(self, name) for name in names]
+        if self.in_place:
+            kernels.push_rows(Rows(self.codec.name, *pair), n_id, value)
+            return
+        block = [None if t is None else value.new_empty(len(value), t.size(1), dtype=t.dtype) for t in pair]
+        kernels.push_rows(Rows(self.codec.name, *block), torch.arange(len(value), device=value.device), value)
+        for name, rows in zip(names, block, strict=True):
+            if rows is not None:
+                self._send(name, n_id, rows)
+
+    def _send(self, name: str, n_id: Tensor, rows: Tensor) -> None:
+        self.engine.push(self._number(name), n_id, rows.contiguous())
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = self.engine.add_table(getattr(self, name))
+        return self._numbers[name]
+
+    def flush(self) -> None:
+        """Wait until the tables hold every push."""
+        if self._engine is not None:
+            self._engine.flush()
+
     def pull(self, n_id: Tensor | None = None) -> Tensor:
         """Decoded states [b, dim] fp32 of nodes n_id [b] (None: of all)."""
-        return kernels.pull_rows(self.rows, n_id, self.dim)
+        if self.in_place:
+            return kernels.pull_rows(self.rows, n_id, self.dim)
+        if n_id is None:
+            n_id = torch.arange(self.num_nodes)
+        halo = CSR(n_id, n_id, None, n_id.cpu())
+        with torch.no_grad():
+            rows = self.neighbours(halo, halo, self.start(halo, halo)).rows
+        return kernels.pull_rows(rows, None, self.dim)
+
+    @torch.no_grad()
+    def quantised(self, x: Tensor) -> Tensor:
+        """States x [b, dim] as a push and a pull would give them back, fp32; a codebook does not learn from them."""
+        pair = self.codec.table(x.size(0), self.dim, partial(torch.zeros, device=x.device))
+        rows = self.rows._replace(data=pair[0], scale=pair[1])
+        n_id = torch.arange(x.size(0), device=x.device)
+        kernels.push_rows(rows, n_id, self.codebook.assign(x.float()) if self.codebook else x)
+        return kernels.pull_rows(rows, None, self.dim)
 
     @property
     def age(self) -> Tensor:
@@ -213,6 +380,7 @@ class NodeStore(nn.Module):
     @property
     def tables(self) -> dict[str, Tensor]:
         """The buffers with a row a node: what lies on disk for place="disk"."""
+        self.flush()
         return {name: t for name, t in self.named_buffers(recurse=False) if t.dim() and t.size(0) == self.num_nodes}
 
     def save_tables(self, path: str | Path, **about: Any) -> None:

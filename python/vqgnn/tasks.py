@@ -9,6 +9,7 @@ from torch_geometric.data import Data
 
 from .config import Config, InputError
 from .datasets import Dataset
+from .inference import device_of
 from .links import LinkLoader, LinkModel, hits
 from .loader import Batch, BatchLoader
 
@@ -30,11 +31,13 @@ class NodeTask:
         """The model to train, from a GNN of `out_channels`."""
         return model
 
-    def loader(self, config: Config, data: Data) -> BatchLoader:
+    def loader(self, config: Config, data: Data, device: torch.device) -> BatchLoader:
+        """Batches of the data, for a model on this device."""
         if config.whole:
-            return BatchLoader(data, batch_size=data.num_nodes)
+            return BatchLoader(data, batch_size=data.num_nodes, device=device)
         num_parts, joined = config.parts_pair()
-        return BatchLoader(data, config.batch_size, num_parts, joined, config.sampler, seed=config.seed)
+        options = {"sampler": config.sampler, "seed": config.seed, "device": device}
+        return BatchLoader(data, config.batch_size, num_parts, joined, **options)
 
     def count(self, data: Data) -> int:
         """Terms of the full-batch loss, which is their mean."""
@@ -76,24 +79,27 @@ class LinkTask:
     def with_head(self, model: nn.Module) -> nn.Module:
         return LinkModel(model, self.out_channels, self.head)
 
-    def loader(self, config: Config, data: Data) -> BatchLoader:
-        return LinkLoader(data, self.links.train.to(data.x.device), config.batch_size, config.whole, config.seed)
+    def loader(self, config: Config, data: Data, device: torch.device) -> BatchLoader:
+        """Batches of the edges to learn, for a model on this device."""
+        edges = self.links.train.to(data.x.device)
+        return LinkLoader(data, edges, config.batch_size, config.whole, seed=config.seed, device=device)
 
     def count(self, data: Data) -> int:
         """Terms of the full-batch loss: the edges, and a drawn pair each."""
         return 2 * self.links.train.size(1)
 
     def loss_sum(self, model: LinkModel, batch: Batch) -> Tensor:
-        logits = model.score(model(batch.x, batch.graph), batch.pairs)
+        z = model(batch.x, batch.graph)
+        logits = model.score(*z[batch.pairs])
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
 
     @torch.no_grad()
     def scores(self, model: LinkModel, z: Tensor, data: Data) -> dict[str, float]:
         """`val_hits` and `test_hits` of exact outputs z [n, f]."""
-        links = self.links.to(z.device)
+        links, device = self.links.to(z.device), device_of(model, data)
 
         def score(pairs: Tensor) -> Tensor:
-            return torch.cat([model.score(z, part) for part in pairs.split(_ROWS, 1)])
+            return torch.cat([model.score(*z[part].to(device)) for part in pairs.split(_ROWS, 1)])
 
         return {
             "val_hits": hits(score(links.val), score(links.val_negatives), self.k),

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from . import memory
 from .config import Config, InputError
-from .conversion import convert, stores
+from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .inference import layerwise, warmup
 from .partitioning import cache_folder
+from .places import choose
 from .runs import Run
 from .serving import new_nodes
 from .store import NodeStore
@@ -119,11 +120,8 @@ class Trainer:
         self.device = pick_device(config.device)
         start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
         self.phases: dict[str, float] = {}  # seconds, for a graph on disk
-        if mapped and self.device.type != "cpu":
-            if config.device != "auto":
-                raise InputError(f"dataset {dataset.name!r} is on disk and is trained on the CPU; give --device cpu")
-            self.device = torch.device("cpu")
-        self.config, self.dataset, self.data = config, dataset, dataset.data.to(self.device)
+        self.config, self.dataset = config, dataset
+        self.data = dataset.data.to(self._graph_device())
         self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)
         self.task = TASKS[config.task](config, dataset)
         torch.manual_seed(config.seed)
@@ -131,7 +129,7 @@ class Trainer:
         self.model = self.task.with_head(model).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
         try:
-            self.loader = self.task.loader(config, self.train_data)
+            self.loader = self.task.loader(config, self.train_data, self.device)
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
@@ -152,6 +150,18 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
         self._warned: set[tuple[str, str]] = set()
         self.memory_setup = self._peak_since_last()
+
+    def _graph_device(self) -> torch.device:
+        """Where the graph lies: on a GPU if half of its free memory takes the graph and the node state; else in RAM."""
+        config, data, cpu = self.config, self.dataset.data, torch.device("cpu")
+        if self.device.type == "cpu" or isinstance(data, MappedData) or config.place not in ("auto", "device"):
+            return cpu
+        codec, grad = METHODS[config.method]
+        hidden = {"num_nodes": data.num_nodes, "dim": config.hidden, "codec": config.codec or codec, "grad": grad}
+        state = 0 if codec is None else (config.layers - 1) * NodeStore.size_of(**hidden)
+        edges = 2 * (8 + 2 * (4 + 4)) * data.num_edges  # edge_index, and C with its transpose
+        place, _ = choose(2 * data.x.nbytes + edges + state, self.device)
+        return self.device if place == "device" else cpu
 
     def _note_setup(self, seconds: float) -> None:
         """What a user of a large graph waits for, by phase; what is derived from the graph is kept in its folder."""
@@ -294,7 +304,7 @@ class Trainer:
         if self.config.model == "mlp":
             model = self.averaged.module.eval()
             with torch.no_grad():
-                return torch.cat([model(x) for x in data.x.split(_ROWS)])
+                return torch.cat([model(x.to(self.device)) for x in data.x.split(_ROWS)]).to(data.x.device)
         if inference == "exact":
             return layerwise(self.averaged.module, data, **self.kept, progress=progress)
         if not self.stores:
@@ -317,13 +327,13 @@ class Trainer:
                 return self.averaged.module.eval()(x.to(self.device))
         if self.config.inductive:
             raise InputError("an inductive run keeps states of its training nodes only; train without --inductive")
-        edges = edge_index.to(self.device)
+        x, edges = x.to(self.data.x.device), edge_index.to(self.data.x.device)
         edges = coalesce(edges if self.config.directed else torch.cat([edges, edges.flip(0)], 1))
         with self._averaged_weights():
             try:
                 if refresh and self.stores:
                     warmup(self.model, self.data, **self.kept)
-                return new_nodes(self.model, self.data, x.to(self.device), edges)
+                return new_nodes(self.model, self.data, x, edges)
             except ValueError as error:
                 raise InputError(f"--new: {error}") from error
 

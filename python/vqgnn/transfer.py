@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 import torch
@@ -31,7 +32,8 @@ class TransferEngine:
     child cannot use its parent's engine: calls raise a RuntimeError.
 
     Args:
-        num_threads: threads that gather and scatter, beside two that wait for copies if there is a device.
+        num_threads: threads that gather and scatter, beside two that wait for copies if there is a device. Default:
+            half as many as there are cores, at most 16.
         slots: pinned staging buffers for each direction, if there is a device. Two batches' rows should fit into them:
             there they wait, off the bus, for their turn at the table.
         slot_bytes: size of one; a table's row must fit into it.
@@ -42,7 +44,7 @@ class TransferEngine:
 
     def __init__(
         self,
-        num_threads: int = 2,
+        num_threads: int | None = None,
         slots: int = 32,
         slot_bytes: int = 1 << 20,
         device: torch.device | str | None = None,
@@ -53,6 +55,8 @@ class TransferEngine:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         index = self.device.index if self.device.type == "cuda" else -1
+        if num_threads is None:
+            num_threads = min(max(1, (os.cpu_count() or 1) // 2), 16)
         sizes = dict(num_threads=num_threads, slots=slots, slot_bytes=slot_bytes)
         self._native = kernels.transfer_engine(**sizes, device=index)
         self._copy_stream = None
@@ -99,6 +103,18 @@ class TransferEngine:
             self._check_batch("out", out, n_id, rows)
             stream = self._stream(out)
         return self._start(self._native.pull, table, n_id, out, stream)
+
+    def read_ahead(self, table: int, n_id: Tensor) -> Ticket:
+        """Start to read rows of a memory-mapped table from disk, so that who uses them in place need not wait.
+
+        Nothing is copied, and other threads may read and write the rows meanwhile.
+
+        Args:
+            table: of `add_table`.
+            n_id: [k] int64 in host memory, copied.
+        """
+        self._table(table)
+        return self._start(self._native.pull, table, _checked_ids(n_id), None, None)
 
     def push(self, table: int, n_id: Tensor, src: Tensor) -> Ticket:
         """Start `table[n_id[i]] = src[i]`; where ids are equal, the last wins.
@@ -154,10 +170,11 @@ class TransferEngine:
     def _stream(self, batch: Tensor) -> int | None:
         return None if batch.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
 
-    def _start(self, operation, table: int, n_id: Tensor, batch: Tensor, stream: int | None) -> Ticket:
+    def _start(self, operation, table: int, n_id: Tensor, batch: Tensor | None, stream: int | None) -> Ticket:
         self._forget()
-        handle = operation(table, n_id.data_ptr(), n_id.shape[0], batch.data_ptr(), stream)
-        self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
+        handle = operation(table, n_id.data_ptr(), n_id.shape[0], 0 if batch is None else batch.data_ptr(), stream)
+        if batch is not None:
+            self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
         return Ticket(self, handle, batch)
 
     def _forget(self) -> None:
@@ -167,22 +184,22 @@ class TransferEngine:
 
 
 class Ticket:
-    """One pull or push under way."""
+    """One pull, push or read-ahead under way."""
 
-    def __init__(self, engine: TransferEngine, handle: object, batch: Tensor):
+    def __init__(self, engine: TransferEngine, handle: object, batch: Tensor | None):
         self._engine, self._handle, self._batch = engine, handle, batch
 
     def done(self) -> bool:
         """Whether the engine has finished with the batch's tensors and the table's rows."""
         return self._engine._native.done(self._handle)
 
-    def wait(self) -> Tensor:
-        """Return the batch's `out`, or its `src`, which may then be used and changed.
+    def wait(self) -> Tensor | None:
+        """Return the batch's `out`, or its `src`, which may then be used and changed; None of a read-ahead.
 
         In host memory this blocks until the rows are there. On a GPU it makes the current stream wait for the copies,
         and blocks only until they are queued.
         """
-        stream = self._engine._stream(self._batch)
+        stream = None if self._batch is None else self._engine._stream(self._batch)
         self._engine._native.wait(self._handle, stream)
         if stream is not None:  # the allocator must not hand it on while this stream uses it
             self._batch.record_stream(torch.cuda.current_stream(self._batch.device))

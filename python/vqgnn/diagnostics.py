@@ -1,0 +1,83 @@
+"""How wrong a model's stored states are now, and what that does to a batch's messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from vqgnn_kernels import Rows
+
+from .graph import Convolution, Graph
+from .inference import call_model, evaluating, visit_inputs
+from .loader import Batch
+from .nn import StoreConv
+from .store import Neighbours
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one conv reads, against the exact states X of the present weights. Norms are Frobenius'.
+
+    relative_error: eps = |X~ - X| / |X| over all nodes; of it quantisation alone, with fresh codes (or rows) of X:
+        `quantisation`. The rest is staleness.
+    messages: |M~_B - M_B|, the error of the batch's messages.
+    bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None for attention, where the
+        constant depends on how fast its scores change with X.
+    """
+
+    conv: str
+    relative_error: float
+    quantisation: float
+    messages: float
+    bound: float | None
+
+
+@torch.no_grad()
+def error_bound(model: nn.Module, data: Data, batch: Batch, forward=call_model) -> list[LayerError]:
+    """Measured error and bound for every conv of a converted model that reads a store; the stores are only read.
+
+    Costs an exact inference sweep over the graph, with fp32 rows of one layer at a time.
+
+    Args:
+        model: converted; put in evaluation mode for the time.
+        data: the whole graph, of which `batch` is a batch of `BatchLoader`.
+        forward: how to call the model on a batch, as for `convert`.
+    Raises:
+        ValueError: no conv of the model reads a store (method "drop" or "full").
+    """
+    names = {module: name for name, module in model.named_modules()}
+    graph, found = Graph.of(data), []
+
+    def visit(conv: StoreConv, exact: Tensor) -> None:
+        found.append(_layer_error(names[conv], conv, exact, graph, batch))
+
+    with evaluating(model):
+        visit_inputs(model, data, visit, forward)
+    if not found:
+        raise ValueError(f"model {type(model).__name__} reads no store; convert it with method='vq', 'gas' or 'lmc'")
+    return sorted(found, key=lambda error: list(names.values()).index(error.conv))
+
+
+def _layer_error(name: str, conv: StoreConv, exact: Tensor, graph: Graph, batch: Batch) -> LayerError:
+    store, convolution = conv.store_use.store, conv.store_use.convolution
+    n_id, scale = batch.graph.n_id, exact.norm()
+    csr, csr_t = batch.graph.csr(convolution)
+    source = exact[n_id]
+    truth = conv.batch_messages(source, Neighbours(csr, Rows("fp32", exact), csr_t))[0]
+    read = conv.batch_messages(source, batch.graph.neighbours(store, convolution)._replace(grad_rows=None))[0]
+    error = (store.pull() - exact).norm() / scale
+    bound = float(error * scale * _norm(graph, convolution)) if conv.fixed else None
+    quantisation = (store.quantised(exact) - exact).norm() / scale
+    return LayerError(name, float(error), float(quantisation), float((read - truth).norm()), bound)
+
+
+def _norm(graph: Graph, convolution: Convolution) -> Tensor:
+    """|C|_F; of duplicate edges the weights add up first."""
+    matrix = graph.matrix(convolution)
+    row = torch.repeat_interleave(matrix.rowptr.diff())  # of every edge
+    _, place = torch.unique_consecutive(row * graph.num_nodes + matrix.col, return_inverse=True)  # they are sorted
+    weight = torch.ones_like(place, dtype=torch.float32) if matrix.weight is None else matrix.weight
+    return weight.new_zeros(len(place)).index_add_(0, place, weight).norm()
