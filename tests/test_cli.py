@@ -213,6 +213,7 @@ BAD_OPTIONS = {
     "codec of method": (["--method", "gas"], "method='gas'"),
     "parts": (["--parts", "5/8"], "1 <= Q <= P"),
     "parts and batch": (["--parts", "8/2", "--batch-size", "5"], "exclude each other"),
+    "parts and sampler": (["--parts", "8/2", "--sampler", "walk"], "exclude each other"),
     "model": (["--model", "gan"], "gan"),
     "method": (["--method", "none"], "none"),
     "number": (["--epochs", "many"], "--epochs"),

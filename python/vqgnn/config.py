@@ -97,6 +97,8 @@ class Config:
         if num_parts is not None:
             if self.batch_size is not None:
                 raise InputError(f"--batch-size {self.batch_size} and --parts {self.parts} exclude each other")
+            if self.sampler not in ("node", "cluster"):
+                raise InputError(f"--sampler {self.sampler} and --parts {self.parts} exclude each other")
             object.__setattr__(self, "sampler", "cluster")
         if self.task == "link":
             for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
