@@ -73,6 +73,12 @@ def test_columns_of_dense_features(write):
     assert datasets.load(write(), columns=slice(1, 2)).data.x.flatten().tolist() == [1, 3, 5, 7, 9, 11]
 
 
+def test_random_features(write):
+    x = datasets.load(write(x=None), random=5).data.x
+    assert x.shape == (6, 5) and x.dtype == torch.float32 and x.unique().numel() == 30
+    assert torch.equal(x, datasets.load(write(), random=5).data.x)  # those of the file, if any, stay away
+
+
 def test_several_labels(write):
     y = np.array([[0, 1]] * 5 + [[1, 1]], np.uint8)
     dataset = datasets.load(write(y=y))
@@ -110,7 +116,7 @@ BAD = {
     "nan": ({"x": nan_features()}, "NaN or infinite, at 1 of 6 nodes"),
     "x shape": ({"x": np.zeros((5, 2))}, "has x of shape \\[5, 2\\]"),
     "x dtype": ({"x": np.full((6, 2), "a")}, "must be numbers"),
-    "no x": ({"x": None}, "lacks x"),
+    "no x": ({"x": None}, "has no features x; .*--features random:D"),
     "no mask": ({"val_mask": None}, "lacks val_mask"),
     "mask dtype": ({"val_mask": np.ones(6)}, "must be bool"),
     "empty split": ({"test_mask": np.zeros(6, bool)}, "empty test_mask"),

@@ -7,7 +7,8 @@ from graphs import awkward_graph, dense_convolution, dense_rows
 
 from vqgnn import BatchLoader, Convolution, Graph, partition
 
-SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster"])
+SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster"])  # each node once an epoch
+ALL_SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster", "edge", "walk"])
 
 
 def loader_threads():
@@ -60,7 +61,7 @@ def test_node_batches_have_the_size_asked_for(load):
     assert {len(ids) for ids in node_ids(load(batch_size=9))} == {8}  # 5 even batches, not 4 and a rest of 4
 
 
-@SAMPLERS
+@ALL_SAMPLERS
 def test_order_depends_on_seed_and_epoch_alone(load, sampler):
     state = torch.get_rng_state()
     options = {"num_parts": 10, "parts_per_batch": 2, "sampler": sampler}
@@ -132,7 +133,7 @@ def test_one_batch_is_the_graph_itself(load, data):
     assert batch.n_id.tolist() == list(range(40))
 
 
-@SAMPLERS
+@ALL_SAMPLERS
 def test_prefetching_changes_nothing(load, data, sampler):
     convolution = Convolution("gcn")
     graph = Graph.of(data)
@@ -211,12 +212,13 @@ def test_two_passes_at_once(load):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "metis"}, "sampler='metis' is unknown; choose one of node, cluster"),
+        ({"sampler": "metis"}, "sampler='metis' is unknown; choose one of node, cluster, edge, walk"),
         ({"batch_size": 3, "num_parts": 2}, "batch_size=3 and num_parts=2 were both given"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"num_parts": 3, "parts_per_batch": 4}, r"parts_per_batch=4 must be in 1\.\.num_parts=3"),
         ({"num_parts": 3, "parts_per_batch": 0}, "parts_per_batch=0"),
         ({"num_parts": 0}, "num_parts=0"),
+        ({"sampler": "walk", "shuffle": False}, "sampler='walk' draws at random"),
         ({"prefetch": -1}, "prefetch=-1 must be 0"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ import vqgnn
 from vqgnn import datasets, memory, report, train
 from vqgnn.config import Config, InputError
 from vqgnn.runs import Run
-from vqgnn.train import Trainer, TrainingError, score
+from vqgnn.train import Trainer, TrainingError
 
 SMALL = {
     "dataset": "generated:n=400,classes=4,features=12",
@@ -78,15 +78,7 @@ def test_batch_losses_add_up_to_the_full_mean():
     logits = torch.randn(400, 4)
     mask = trainer.data.train_mask
     expected = torch.nn.functional.cross_entropy(logits[mask], trainer.data.y[mask])
-    torch.testing.assert_close(trainer.loss_sum(logits, batch) / trainer.num_train, expected)
-
-
-def test_scores_against_hand_counts():
-    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5]])
-    assert score(logits, torch.tensor([0, 0, 0]), multilabel=False) == pytest.approx(2 / 3)
-    truth = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    # positive: 5 of 6 logits; true: 3; both: (0, 0), (1, 1)
-    assert score(logits, truth, multilabel=True) == pytest.approx(2 * 2 / (5 + 3))
+    torch.testing.assert_close(trainer.task.loss_sum(lambda *_: logits, batch) / trainer.num_terms, expected)
 
 
 def test_average_of_zero_evaluates_the_weights_themselves():
@@ -193,7 +185,7 @@ def test_run_folder_and_summary(tmp_path):
         assert 0 <= summary["memory_training"] == training <= summary["memory_above_data"] < summary["memory_peak"]
     assert json.loads((run.path / "summary.json").read_text()) == summary
     trainer.use_best()
-    assert trainer.scores(trainer.predict())["test_acc"] == summary["test_acc"]
+    assert trainer.scores()["test_acc"] == summary["test_acc"]
     text = report.table(summary)
     assert all(word in text for word in ("test accuracy", "time an epoch", "peak memory", "node state"))
     assert report.curves(run).read_bytes().startswith(b"\x89PNG")
@@ -260,6 +252,6 @@ def test_memory_counters():
         pytest.skip("no /proc")
     memory.reset_peak()
     before = memory.peak()
-    block = torch.ones(8_000_000)
+    block = torch.ones(16_000_000)  # over 32 MiB: malloc takes it fresh from the system, whatever was freed before
     assert memory.peak() - before > 0.8 * block.nbytes
     assert memory.resident() <= memory.peak()

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .conversion import convert, stores
     from .graph import BatchGraph, Convolution, Graph
     from .inference import warmup
+    from .links import LinkLoader
     from .loader import Batch, BatchLoader
     from .partitioning import partition
+    from .serving import new_nodes
     from .store import Codec, NodeStore
 
 __version__ = "0.1.0"
@@ -26,10 +28,12 @@ _MODULE_OF = {
     "Codec": "store",
     "Convolution": "graph",
     "Graph": "graph",
+    "LinkLoader": "links",
     "NodeStore": "store",
     "convert": "conversion",
     "diagnostics": None,
     "inference": None,
+    "new_nodes": "serving",
     "nn": None,
     "partition": "partitioning",
     "stores": "conversion",
@@ -43,10 +47,12 @@ __all__ = [
     "Codec",
     "Convolution",
     "Graph",
+    "LinkLoader",
     "NodeStore",
     "convert",
     "diagnostics",
     "inference",
+    "new_nodes",
     "nn",
     "partition",
     "stores",

@@ -115,9 +115,7 @@ def evaluate(run: RunFolder, inference: Inference = "exact") -> None:
     opened, trainer = _trained(run)
     from . import report
 
-    rows = [
-        (key.replace("_", " "), f"{value:.4f}") for key, value in trainer.scores(trainer.predict(inference)).items()
-    ]
+    rows = [(key.replace("_", " "), f"{value:.4f}") for key, value in trainer.scores(inference).items()]
     print(f"{opened.path}, epoch {trainer.best['epoch']}, {inference} inference")
     print(report.aligned(rows))
 
@@ -125,20 +123,40 @@ def evaluate(run: RunFolder, inference: Inference = "exact") -> None:
 @app.command()
 def predict(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The .npz file to write: pred [n] or [n, C], logits [n, C].")],
+    out: Annotated[
+        Path, typer.Option(help="The .npz file to write: pred [n] or [n, C], logits [n, C]; or embeddings [n, f].")
+    ],
     inference: Inference = "exact",
+    new: Annotated[
+        Path | None,
+        typer.Option(
+            help="Predict for k new nodes instead, by the known ones' stored states: an .npz file of x [k, f] and "
+            "edge_index [2, e], their ids n..n+k-1. Methods vq, gas and lmc keep states."
+        ),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="With --new: first recompute the stored states, exactly.")
+    ] = False,
 ) -> None:
-    """Write every node's predicted class (or classes) and logits."""
+    """Write every node's predicted class (or classes) and logits; --task link: embeddings."""
+    if new is None and refresh:
+        raise InputError("--refresh is for --new; without it every node is computed anew by --inference")
+    if new is not None and inference != "exact":
+        raise InputError(f"--inference {inference} is not for --new, which reads the stored states; leave it out")
     _, trainer = _trained(run)
     import numpy as np
 
+    from .datasets import read_new_nodes
     from .files import atomic_write
 
-    logits = trainer.predict(inference)
-    pred = (logits > 0) if trainer.dataset.multilabel else logits.argmax(1)
+    if new is None:
+        output = trainer.predict(inference)
+    else:
+        output = trainer.predict_new(*read_new_nodes(new, trainer.config.columns()), refresh)
+    arrays = {key: value.cpu().numpy() for key, value in trainer.task.arrays(output).items()}
     with atomic_write(out) as handle:
-        np.savez(handle, pred=pred.cpu().numpy(), logits=logits.cpu().numpy())
-    print(f"wrote {out}: {len(logits)} nodes")
+        np.savez(handle, **arrays)
+    print(f"wrote {out}: {', '.join(f'{key} {list(value.shape)}' for key, value in arrays.items())}")
 
 
 @app.command()
@@ -223,7 +241,7 @@ def _refuse_changes(config: Config, given: dict) -> None:
 def _load(config: Config):
     from . import datasets
 
-    return datasets.load(config.dataset, config.split, config.directed, config.columns())
+    return datasets.of_config(config)
 
 
 def _trained(path: Path) -> tuple[Run, Trainer]:

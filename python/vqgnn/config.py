@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+_RANDOM = "random:"
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do."""
@@ -23,7 +25,23 @@ class Config:
     )
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
-    features: str | None = option(None, "Use only these feature columns, FROM:TO, e.g. 80:200.")
+    features: str | None = option(
+        None, "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node."
+    )
+    task: Literal["node", "link"] = option(
+        "node", "Classify nodes, or predict edges: batches are the end points of edges and of pairs drawn at random."
+    )
+    links: str | None = option(
+        None, "--task link: .npz file of the edges to predict. [default: 85/5/10 % of the edges at random, by --split]"
+    )
+    hits: int = option(50, "--task link: K of the score Hits@K.", 1)
+    head: Literal["dot", "mlp"] = option("dot", "--task link: a pair's score is an inner product, or an MLP's.")
+    inductive: bool = option(
+        False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
+    )
+    metric: Literal["auto", "auc"] = option(
+        "auto", "Score: accuracy, with several labels micro-F1; or the area under the ROC curve."
+    )
     model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",
@@ -38,8 +56,12 @@ class Config:
         "Where node states lie: the device's memory, RAM beside a GPU, files; 'auto': the first with twice the room; "
         "'pinned': RAM that the GPU reads in place.",
     )
-    sampler: Literal["node", "cluster"] = option("node", "Batches of random nodes or of METIS clusters.")
-    batch_size: int | None = option(None, "Nodes a batch. [default: a tenth of the nodes]", 1)
+    sampler: Literal["node", "cluster", "edge", "walk"] = option(
+        "node", "Batches of random nodes, METIS clusters, end points of random edges, or random walks."
+    )
+    batch_size: int | None = option(
+        None, "Nodes a batch; --task link: end points of pairs. [default: a tenth of the nodes]", 1
+    )
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
@@ -70,20 +92,43 @@ class Config:
         if self.model == "gat" and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         self.columns()
+        self.random_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:
             if self.batch_size is not None:
                 raise InputError(f"--batch-size {self.batch_size} and --parts {self.parts} exclude each other")
+            if self.sampler not in ("node", "cluster"):
+                raise InputError(f"--sampler {self.sampler} and --parts {self.parts} exclude each other")
             object.__setattr__(self, "sampler", "cluster")
+        if self.task == "link":
+            for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
+                if getattr(self, name) != plain:
+                    raise InputError(f"{option_name(name)} {getattr(self, name)} is not for --task link; leave it out")
+        elif self.links is not None:
+            raise InputError(f"--links {self.links} is for --task link only; leave it out, or give --task link")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a batch is the whole graph."""
+        return self.method == "full" and self.model != "mlp"
 
     def columns(self) -> slice | None:
         """`features` as a slice."""
-        if self.features is None:
+        if self.features is None or self.features.startswith(_RANDOM):
             return None
         low, high = _two_ints("--features", self.features, ":", "FROM:TO with 0 <= FROM < TO, e.g. 80:200")
         if not 0 <= low < high:
             raise InputError(f"--features {self.features!r} is empty; it must be FROM:TO with 0 <= FROM < TO")
         return slice(low, high)
+
+    def random_features(self) -> int | None:
+        """D of `features` "random:D": for a graph that has none."""
+        if self.features is None or not self.features.startswith(_RANDOM):
+            return None
+        width = self.features.removeprefix(_RANDOM)
+        if not width.isdecimal() or int(width) < 1:
+            raise InputError(f"--features {self.features!r} cannot be read; it must be random:D with D >= 1")
+        return int(width)
 
     def parts_pair(self) -> tuple[int | None, int]:
         """`parts` as (number of parts, parts a batch)."""

@@ -15,9 +15,11 @@ import torch
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import coalesce, to_undirected
 
-from .config import InputError
+from . import links
+from .config import Config, InputError
 from .disk_graph import GraphFolder, MappedData
 from .generate import GeneratedGraph
+from .links import Links
 from .partitioning import cache_folder
 
 MASKS = ("train_mask", "val_mask", "test_mask")
@@ -33,6 +35,7 @@ class Dataset:
     data: Data
     num_classes: int
     multilabel: bool
+    links: Links | None = None  # edges to predict; the graph then needs no labels and no masks
 
     @property
     def metric(self) -> str:
@@ -44,12 +47,23 @@ class Dataset:
         digest = hashlib.blake2b(digest_size=16)
         if isinstance(self.data, MappedData):
             return self.data.folder.fingerprint
-        for key in ("edge_index", "x", "y", *MASKS):
-            digest.update(memoryview(self.data[key].cpu().contiguous().numpy()).cast("B"))
+        tensors = [self.data[key] for key in ("edge_index", "x", "y", *MASKS) if key in self.data]
+        for tensor in [*tensors, *(vars(self.links).values() if self.links else ())]:
+            digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
 
 
-def load(name: str, split: int = 0, directed: bool = False, columns: slice | None = None) -> Dataset:
+def of_config(config: Config) -> Dataset:
+    """The data set that a config names."""
+    if config.task == "node":
+        return load(config.dataset, config.split, config.directed, config.columns(), config.random_features())
+    name, options = config.dataset, (config.directed, config.columns(), config.random_features())
+    return load_links(name, None if config.links is None else Path(config.links), config.split, *options)
+
+
+def load(
+    name: str, split: int = 0, directed: bool = False, columns: slice | None = None, random: int | None = None
+) -> Dataset:
     """A data set by name, checked.
 
     Args:
@@ -58,17 +72,53 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
         split: which column of the masks, where there are several.
         directed: keep the edges as stored; else the graph is made undirected. Duplicates go, self loops stay.
         columns: use only these feature columns.
+        random: instead of the graph's features, if it has any, this many normal random numbers a node, always the
+            same: a random projection of the nodes' identity.
 
     Raises:
         InputError: anything wrong with the name or the data, in one line.
     """
+    arrays = _read(name, directed, columns, random)
+    if isinstance(arrays, Path):
+        return _mapped(name, arrays, split, directed, columns or random)
+    return _checked(name, arrays, split, directed, columns)
+
+
+def load_links(
+    name: str,
+    path: Path | None = None,
+    split: int = 0,
+    directed: bool = False,
+    columns: slice | None = None,
+    random: int | None = None,
+) -> Dataset:
+    """A graph of which edges are to be predicted, checked; it needs no labels and no masks.
+
+    Args:
+        name, directed, columns, random: as in `load`.
+        path: .npz file of the edges to predict (see `links.given_split`), or None for a random split ...
+        split: ... with this number.
+    """
+    arrays = _read(name, directed, columns, random)
+    if isinstance(arrays, Path):
+        raise InputError(f"dataset {name!r} is on disk; --task link needs a graph in memory")
+    x, edge_index = _checked_graph(name, arrays, _num_nodes(arrays), columns)
+    if path is None:
+        edge_index, found = links.random_split(edge_index, len(x), split)
+    else:
+        edge_index, found = links.given_split(str(path), read_npz(path), edge_index, len(x))
+    return Dataset(name, Data(x=x, edge_index=_edges(edge_index, len(x), directed)), 0, False, found)
+
+
+def _read(name: str, directed: bool, columns: slice | None, random: int | None) -> dict[str, np.ndarray] | Path:
+    """Arrays by name, or the folder of a graph on disk."""
     if name == "generated" or name.startswith("generated:"):
         graph = GeneratedGraph.parse(name.partition(":")[2])
         if graph.on_disk:
-            return _mapped(name, graph.cached_on_disk(cache_folder(), directed), split, directed, columns)
+            return graph.cached_on_disk(cache_folder(), directed)
         arrays = read_npz(graph.cached(cache_folder()), columns)
     elif (Path(name).expanduser() / "meta.json").exists():
-        return _mapped(name, Path(name).expanduser(), split, directed, columns)
+        return Path(name).expanduser()
     elif name.endswith(".npz") or os.sep in name:
         arrays = read_npz(Path(name).expanduser(), columns)
     elif name in OGB:
@@ -78,13 +128,22 @@ def load(name: str, split: int = 0, directed: bool = False, columns: slice | Non
     else:
         known = ", ".join([*OGB, *PYG])
         raise InputError(f"dataset {name!r} is unknown; use 'generated[:n=N,...]', a path of an .npz file, or {known}")
-    return _checked(name, arrays, split, directed, columns)
+    if random is not None and (n := _num_nodes(arrays)) is not None:
+        arrays["x"] = torch.randn(n, random, generator=torch.Generator().manual_seed(0)).numpy()
+    return arrays
 
 
-def _mapped(name: str, path: Path, split: int, directed: bool, columns: slice | None) -> Dataset:
+def _num_nodes(arrays: dict[str, np.ndarray]) -> int | None:
+    for key in ("y", "x"):
+        if key in arrays and arrays[key].ndim:
+            return len(arrays[key])
+    return int(arrays["num_nodes"]) if "num_nodes" in arrays else None
+
+
+def _mapped(name: str, path: Path, split: int, directed: bool, features: slice | int | None) -> Dataset:
     """A graph folder as it is: what would need another copy of it is refused."""
     folder = GraphFolder(path)
-    if split or columns:
+    if split or features:
         raise InputError(
             f"dataset {name!r} is on disk: it has one split and all its features; leave out --split, --features"
         )
@@ -108,6 +167,21 @@ def read_npz(path: Path, columns: slice | None = None) -> dict[str, np.ndarray]:
     elif columns is not None and "x" in arrays:
         arrays["x"] = arrays["x"][:, _within(str(path), columns, arrays["x"].shape[1])]
     return arrays
+
+
+def read_new_nodes(path: Path, columns: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(x [k, f] float32, edge_index [2, e] int64)` of an .npz file of new nodes; columns as in `load`."""
+    arrays = read_npz(path, columns)
+    missing = [key for key in ("x", "edge_index") if key not in arrays]
+    if missing:
+        raise InputError(f"--new {str(path)!r} lacks {', '.join(missing)}; needed are x [k, f] and edge_index [2, e]")
+    x, edges = arrays["x"], arrays["edge_index"]
+    if x.ndim != 2 or x.dtype.kind not in "fiub" or edges.ndim != 2 or len(edges) != 2 or edges.dtype.kind not in "iu":
+        came = f"x {list(x.shape)} {x.dtype} and edge_index {list(edges.shape)} {edges.dtype}"
+        raise InputError(f"--new {str(path)!r} has {came}; needed are numbers x [k, f] and integers edge_index [2, e]")
+    if not np.isfinite(x).all():
+        raise InputError(f"--new {str(path)!r} has features that are NaN or infinite; clean x first")
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)), torch.from_numpy(edges.astype(np.int64))
 
 
 def _dense(name: str, arrays: dict[str, np.ndarray], columns: slice | None) -> np.ndarray:
@@ -197,28 +271,15 @@ def _read_pyg(name: str, root: Path) -> dict[str, np.ndarray]:
 
 def _checked(name: str, arrays: dict[str, np.ndarray], split: int, directed: bool, columns: slice | None) -> Dataset:
     """Tensors of the arrays, or an InputError that says what is wrong with them."""
-
-    def refuse(problem: str) -> None:
-        raise InputError(f"dataset {name!r} {problem}")
-
-    missing = [key for key in ("x", "y", "edge_index", *MASKS) if key not in arrays]
+    refuse = _refuse(name)
+    missing = [key for key in ("y", *MASKS) if key not in arrays]
     if missing:
         refuse(f"lacks {', '.join(missing)}; needed are x (or x_data, ...), y, edge_index and {', '.join(MASKS)}")
-    x, y, edge_index = arrays["x"], arrays["y"], arrays["edge_index"]
+    y = arrays["y"]
     if y.ndim not in (1, 2) or len(y) == 0:
         refuse(f"has y of shape {list(y.shape)}; it must be [nodes] or [nodes, classes]")
     n = len(y)
-    if x.ndim != 2 or len(x) != n or x.shape[1] == 0 or x.dtype.kind not in "fiub":
-        refuse(f"has x of shape {list(x.shape)}, {x.dtype}, for {n} labels; it must be numbers [nodes, features]")
-    if columns is not None and x.shape[1] != columns.stop - columns.start:  # downloaded sets are not yet cut
-        x = x[:, _within(name, columns, x.shape[1])]
-    if not np.isfinite(x.sum(dtype=np.float64)):
-        bad = int((~np.isfinite(x)).any(1).sum())
-        refuse(f"has features that are NaN or infinite, at {bad} of {n} nodes; clean x first")
-    if edge_index.ndim != 2 or len(edge_index) != 2 or not np.issubdtype(edge_index.dtype, np.integer):
-        refuse(f"has edge_index of shape {list(edge_index.shape)}, {edge_index.dtype}; it must be [2, edges] integers")
-    if edge_index.size and not 0 <= edge_index.min() <= edge_index.max() < n:
-        refuse(f"has edges between nodes {edge_index.min()}..{edge_index.max()}; its nodes are 0..{n - 1}")
+    x, edge_index = _checked_graph(name, arrays, n, columns)
 
     masks = {key: _mask(refuse, key, arrays[key], n, split) for key in MASKS}
     for first, second in (MASKS[:2], MASKS[1:], MASKS[::2]):
@@ -228,12 +289,46 @@ def _checked(name: str, arrays: dict[str, np.ndarray], split: int, directed: boo
     multilabel = y.ndim == 2 and y.shape[1] > 1
     y, num_classes = _labels(refuse, arrays, y if multilabel else y.reshape(n), labelled)
 
-    # copies: torch wants writable memory of its own dtype
-    edges = torch.from_numpy(edge_index.astype(np.int64))
-    edges = coalesce(edges, num_nodes=n) if directed else to_undirected(edges, num_nodes=n)
-    data = Data(x=torch.from_numpy(np.ascontiguousarray(x, np.float32)), y=torch.from_numpy(y), edge_index=edges)
+    data = Data(x=x, y=torch.from_numpy(y), edge_index=_edges(edge_index, n, directed))
     data.update({key: torch.from_numpy(np.ascontiguousarray(mask)) for key, mask in masks.items()})
     return Dataset(name, data, num_classes, multilabel)
+
+
+def _refuse(name: str) -> Callable[[str], None]:
+    def refuse(problem: str) -> None:
+        raise InputError(f"dataset {name!r} {problem}")
+
+    return refuse
+
+
+def _checked_graph(
+    name: str, arrays: dict[str, np.ndarray], n: int | None, columns: slice | None
+) -> tuple[torch.Tensor, np.ndarray]:
+    """(features [n, f] float32, edges [2, e] as they are stored)."""
+    refuse = _refuse(name)
+    if "x" not in arrays:
+        refuse("has no features x; give every node some, or --features random:D, D random numbers a node, e.g. 128")
+    if "edge_index" not in arrays:
+        refuse("lacks edge_index [2, edges]")
+    x, edge_index = arrays["x"], arrays["edge_index"]
+    if x.ndim != 2 or len(x) != n or x.shape[1] == 0 or x.dtype.kind not in "fiub":
+        refuse(f"has x of shape {list(x.shape)}, {x.dtype}, for {n} nodes; it must be numbers [nodes, features]")
+    if columns is not None and x.shape[1] != columns.stop - columns.start:  # downloaded sets are not yet cut
+        x = x[:, _within(name, columns, x.shape[1])]
+    if not np.isfinite(x.sum(dtype=np.float64)):
+        bad = int((~np.isfinite(x)).any(1).sum())
+        refuse(f"has features that are NaN or infinite, at {bad} of {n} nodes; clean x first")
+    if edge_index.ndim != 2 or len(edge_index) != 2 or not np.issubdtype(edge_index.dtype, np.integer):
+        refuse(f"has edge_index of shape {list(edge_index.shape)}, {edge_index.dtype}; it must be [2, edges] integers")
+    if edge_index.size and not 0 <= edge_index.min() <= edge_index.max() < n:
+        refuse(f"has edges between nodes {edge_index.min()}..{edge_index.max()}; its nodes are 0..{n - 1}")
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)), edge_index
+
+
+def _edges(edge_index: np.ndarray, n: int, directed: bool) -> torch.Tensor:
+    """[2, e] int64 without duplicates; a copy: torch wants writable memory of its own dtype."""
+    edges = torch.from_numpy(edge_index.astype(np.int64))
+    return coalesce(edges, num_nodes=n) if directed else to_undirected(edges, num_nodes=n)
 
 
 def _mask(refuse: Callable[[str], None], key: str, mask: np.ndarray, n: int, split: int) -> np.ndarray:

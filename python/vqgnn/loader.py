@@ -14,15 +14,20 @@ from torch_geometric.data import Data
 
 from vqgnn_kernels import set_num_threads
 
+from . import samplers
 from .graph import BatchGraph, Graph, MovedBatch
-from .partitioning import partition
+from .samplers import SAMPLERS
 
-SAMPLERS = ("node", "cluster")
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
 
 
 class Batch:
-    """A mini-batch: `n_id` [b], `graph`, and the node-level tensors of the data (`x`, `y`, masks, ...) of its nodes."""
+    """A mini-batch: `n_id` [b], `graph`, and the node-level tensors of the data (`x`, `y`, masks, ...) of its nodes.
+
+    `loss_weight` [b] is what a node's loss counts where not every node is visited once an epoch; else None.
+    """
+
+    loss_weight: Tensor | None = None
 
     def __init__(self, graph: BatchGraph, tensors: dict[str, Tensor]):
         self.__dict__.update(tensors)
@@ -56,14 +61,17 @@ class _Move:
 
 
 class BatchLoader:
-    """Iterates over the nodes of a graph in mini-batches; an epoch visits each node once.
+    """Iterates over the nodes of a graph in mini-batches; an epoch visits each node once, or weighs its loss.
 
     Args:
         data: PyG `Data` with `x` [n, f] and `edge_index` [2, e].
-        batch_size: nodes a batch (with sampler "cluster": on average). Default: a tenth of the graph.
+        batch_size: nodes a batch (with sampler "cluster": on average; "edge", "walk": at most, as their draws may meet
+            a node twice). Default: a tenth of the graph.
         num_parts: instead of `batch_size`, split the graph into so many parts ...
         parts_per_batch: ... and join so many of them, drawn anew every epoch, to a batch.
-        sampler: "node" (uniformly random nodes) or "cluster" (METIS parts, as in Cluster-GCN).
+        sampler: "node" (uniformly random nodes), "cluster" (METIS parts, as in Cluster-GCN), "edge" (end points of
+            uniformly drawn edges) or "walk" (random walks). The last two visit some nodes more often than others:
+            sum `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased.
         shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
         seed: with the epoch's number it decides the order.
         prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
@@ -105,18 +113,17 @@ class BatchLoader:
         self._stream = torch.cuda.Stream(self.device) if moves else None
         self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
         self._epoch = 0
-        self._parts: list[Tensor] | None = None
         if num_parts is None:
             batch_size = batch_size or math.ceil(n / 10)
             self._num_batches = math.ceil(n / batch_size)
             num_parts = self._num_batches * _PARTS_A_BATCH
         else:
             self._num_batches = min(math.ceil(num_parts / parts_per_batch), n)
-        if sampler == "cluster" and self._num_batches > 1:
-            if data.edge_index is None:
-                raise ValueError("sampler='cluster' needs edge_index, which a graph on disk lacks; use sampler='node'")
-            self._parts = partition(data.edge_index, n, min(num_parts, n), cache_dir)
-            self._num_batches = min(self._num_batches, len(self._parts))
+        if self._num_batches > 1:
+            self._sampler = samplers.make(sampler, data, self._num_batches, num_parts, shuffle, cache_dir)
+            self._num_batches = self._sampler.num_batches
+            if self._sampler.loss_weight is not None:
+                self._tensors["loss_weight"] = self._sampler.loss_weight.to(self.graph.x.device)
 
     def __len__(self) -> int:
         return self._num_batches
@@ -134,18 +141,14 @@ class BatchLoader:
         yield from self._in_background(node_ids)
 
     def _draw(self, epoch: int) -> list[Tensor]:
-        n = self.graph.num_nodes
         if self._num_batches == 1:
-            return [torch.arange(n, device=self.graph.x.device)]
-        # mixed into 32 bits: torch's CPU generator reads no more of a seed
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
-        count = len(self._parts) if self._parts else n
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        groups = torch.tensor_split(order, self._num_batches)
-        if self._parts:
-            groups = [torch.cat([self._parts[i] for i in group.tolist()]) for group in groups]
+            return [torch.arange(self.graph.num_nodes, device=self.graph.x.device)]
         # Ascending ids: neighbouring rows of the graph, the features and the store are then read in order.
-        return [group.sort().values.to(self.graph.x.device) for group in groups]
+        return [n_id.to(self.graph.x.device) for n_id in self._sampler.draw(self._generator(epoch))]
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        # mixed into 32 bits: torch's CPU generator reads no more of a seed
+        return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
 
     def _build(self, n_id: Tensor) -> Batch:
         graph = self.graph

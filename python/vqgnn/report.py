@@ -59,7 +59,7 @@ def table(summary: dict[str, Any]) -> str:
     for key, value in summary.items():
         if key.partition("_")[0] in ("train", "val", "test"):
             split, _, metric = key.partition("_")
-            name = {"acc": "accuracy", "f1": "micro-F1"}.get(metric, metric)
+            name = {"acc": "accuracy", "f1": "micro-F1", "auc": "ROC-AUC", "hits": "Hits@K"}.get(metric, metric)
             rows.append((f"{split} {name}", f"{value:.4f}"))
     rows.append(("best validation epoch", f"{summary['best_epoch']} of {summary['epochs']}"))
     rows.append(("time an epoch (median)", f"{summary['seconds_an_epoch']:.2f} s"))

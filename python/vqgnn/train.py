@@ -8,15 +8,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch_geometric.data import Data
 from torch_geometric.nn import models
+from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
 from . import memory
@@ -24,16 +26,15 @@ from .config import Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
-from .inference import layerwise
-from .loader import BatchLoader
+from .inference import layerwise, warmup
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
+from .serving import new_nodes
 from .store import NodeStore
+from .tasks import SPLITS, TASKS
 
-SPLITS = ("train", "val", "test")
-_ROWS = 65_536  # of features or logits at a time
-_IGNORED = -100  # label of nodes that take no part in the loss
+_ROWS = 65_536  # of features at a time
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
 
@@ -68,13 +69,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def score(logits: Tensor, y: Tensor, multilabel: bool) -> float:
-    """Accuracy, or micro-averaged F1 of labels with a positive logit."""
-    if not multilabel:
-        return float((logits.argmax(1) == y).float().mean())
-    positive, true = logits > 0, y > 0.5
-    hits = int((positive & true).sum())
-    return 2 * hits / max(1, int(positive.sum()) + int(true.sum()))
+def _inductive(data: Data) -> tuple[Data, Data]:
+    """The graphs that training and validation know: the training nodes' own, and all but the test nodes'.
+
+    The second is `data` itself where no edge joins a test node and another one: there it makes no difference.
+    """
+    if isinstance(data, MappedData):
+        raise InputError("--inductive needs a graph in memory, and this one is on disk; leave it out")
+    source, target = data.test_mask[data.edge_index]
+    separate = torch.equal(source, target)
+    return data.subgraph(data.train_mask), data if separate else data.subgraph(~data.test_mask)
 
 
 def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
@@ -118,16 +122,19 @@ class Trainer:
         self.phases: dict[str, float] = {}  # seconds, for a graph on disk
         self.config, self.dataset = config, dataset
         self.data = dataset.data.to(self._graph_device())
+        self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)
+        self.task = TASKS[config.task](config, dataset)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.data.num_features, dataset.num_classes).to(self.device)
+        model = build_model(config, self.data.num_features, self.task.out_channels)
+        self.model = self.task.with_head(model).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
         try:
-            self.loader = self._loader()
+            self.loader = self.task.loader(config, self.train_data, self.device)
             if config.model != "mlp":
-                convert(self.averaged.module, self.data, method="full")
+                convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
                 options |= {"place": config.place, "folder": folder}
-                convert(self.model, self.data, method=config.method, **options)
+                convert(self.model, self.train_data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.stores = stores(self.model)
@@ -138,7 +145,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
         if mapped:
             self._note_setup(time.perf_counter() - start)
-        self.num_train = int(self.data.train_mask.sum())
+        self.num_terms = self.task.count(self.train_data)  # of the full-batch mean loss
         self.epoch = 0  # epochs done
         self.best: dict[str, Any] = {"epoch": 0, "scores": {}, "weights": {}}
         self._warned: set[tuple[str, str]] = set()
@@ -164,14 +171,6 @@ class Trainer:
         self.phases = {"generating": sum(folder.meta["seconds"].values()), "matrix": matrix, "C X": product}
         self.phases["filling the store"] = seconds - matrix - product
         folder.release()
-
-    def _loader(self) -> BatchLoader:
-        config, n = self.config, self.data.num_nodes
-        if config.method == "full" and config.model != "mlp":
-            return BatchLoader(self.data, batch_size=n, device=self.device)
-        num_parts, joined = config.parts_pair()
-        options = {"sampler": config.sampler, "seed": config.seed, "device": self.device}
-        return BatchLoader(self.data, config.batch_size, num_parts, joined, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the tables of stores on disk, which `save` writes to files of their own."""
@@ -243,7 +242,7 @@ class Trainer:
                     metrics |= self.evaluate()
                 run.append_metrics(metrics)
                 self.save(run, fingerprint)
-                bar.set_postfix_str(_bar_text(metrics, self.dataset.metric))
+                bar.set_postfix_str(_bar_text(metrics, self.task.metric))
         summary = self.summary(run.metrics())
         run.write_summary(summary)
         return summary
@@ -256,9 +255,9 @@ class Trainer:
         for step, batch in enumerate(self._batches()):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * self.learning_rate_factor(self.epoch * len(self.loader) + step)
-            loss_sum = self.loss_sum(self.model(batch.x, batch.graph), batch)
+            loss_sum = self.task.loss_sum(self.model, batch)
             # The batch's share of the full-batch mean loss, scaled so that its gradient estimates the full one.
-            loss = loss_sum * (len(self.loader) / self.num_train)
+            loss = loss_sum * (len(self.loader) / self.num_terms)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -274,7 +273,7 @@ class Trainer:
         after = {name: store.stats() for name, store in self.stores.items()}
         return {
             "epoch": self.epoch,
-            "loss": total / self.num_train,
+            "loss": total / self.num_terms,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 4),
             "memory_training": self._peak_since_last(),
@@ -296,51 +295,74 @@ class Trainer:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-    def loss_sum(self, logits: Tensor, batch) -> Tensor:
-        """Cross-entropy (several labels: binary, mean over labels), summed over the batch's training nodes."""
-        y, mask = batch.y, batch.train_mask  # picking the rows by the mask would wait for their number
-        if self.dataset.multilabel:
-            weight = mask[:, None].to(logits.dtype)
-            return F.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum") / y.size(1)
-        return F.cross_entropy(logits, torch.where(mask, y, _IGNORED), ignore_index=_IGNORED, reduction="sum")
+    def predict(self, inference: str = "exact", progress: bool = False, data: Data | None = None) -> Tensor:
+        """The averaged weights' output [n, C] for every node of the graph; the training store is only read.
 
-    def predict(self, inference: str = "exact", progress: bool = False) -> Tensor:
-        """Logits [n, C] of every node by the averaged weights; the training store is only read."""
+        data: another graph with the same features.
+        """
+        data = self.data if data is None else data
         if self.config.model == "mlp":
             model = self.averaged.module.eval()
             with torch.no_grad():
-                return torch.cat([model(x.to(self.device)) for x in self.data.x.split(_ROWS)]).to(self.data.x.device)
+                return torch.cat([model(x.to(self.device)) for x in data.x.split(_ROWS)]).to(data.x.device)
         if inference == "exact":
-            return layerwise(self.averaged.module, self.data, **self.kept, progress=progress)
+            return layerwise(self.averaged.module, data, **self.kept, progress=progress)
         if not self.stores:
             raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
+        if inference == "stale" and self.config.inductive:
+            raise InputError("--inference stale: an inductive run keeps states of training nodes only; use exact")
+        with self._averaged_weights():
+            try:
+                return layerwise(self.model, data, method=inference, **self.kept, progress=progress)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+
+    def predict_new(self, x: Tensor, edge_index: Tensor, refresh: bool = False) -> Tensor:
+        """The averaged weights' output [k, C] for new nodes (see `serving.new_nodes`), edges made undirected as here.
+
+        refresh: first recompute the known nodes' states by an exact sweep; training cannot go on from them.
+        """
+        if self.config.model == "mlp":
+            with torch.no_grad():
+                return self.averaged.module.eval()(x.to(self.device))
+        if self.config.inductive:
+            raise InputError("an inductive run keeps states of its training nodes only; train without --inductive")
+        x, edges = x.to(self.data.x.device), edge_index.to(self.data.x.device)
+        edges = coalesce(edges if self.config.directed else torch.cat([edges, edges.flip(0)], 1))
+        with self._averaged_weights():
+            try:
+                if refresh and self.stores:
+                    warmup(self.model, self.data, **self.kept)
+                return new_nodes(self.model, self.data, x, edges)
+            except ValueError as error:
+                raise InputError(f"--new: {error}") from error
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """For a time, the model that has the stores has the averaged weights."""
         kept = copy.deepcopy(self.model.state_dict())
         self.model.load_state_dict(self.averaged.module.state_dict())
         try:
-            return layerwise(self.model, self.data, method=inference, **self.kept, progress=progress)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+            yield
         finally:
             self.model.load_state_dict(kept)
 
-    def scores(self, logits: Tensor) -> dict[str, float]:
-        """`train_acc`, `val_acc`, `test_acc`, or the same with `_f1`."""
-        data, metric = self.data, self.dataset.metric
-        masks = {split: data[f"{split}_mask"] for split in SPLITS}
-        if not self.dataset.multilabel:  # never as many logits again as there are
-            right = torch.cat([part.argmax(1) for part in logits.split(_ROWS)]) == data.y
-            return {f"{split}_{metric}": float(right[mask].float().mean()) for split, mask in masks.items()}
-        return {
-            f"{split}_{metric}": score(logits[mask], data.y[mask], multilabel=True) for split, mask in masks.items()
-        }
+    def scores(self, inference: str = "exact") -> dict[str, float]:
+        """The task's scores of all splits by the averaged weights; inductive: validation has never met a test node."""
+        model = self.averaged.module
+        scores = self.task.scores(model, self.predict(inference), self.data)
+        if self.val_data is not self.data:
+            held_out = self.task.scores(model, self.predict(inference, data=self.val_data), self.val_data)
+            scores |= {key: value for key, value in held_out.items() if not key.startswith("test_")}
+        return scores
 
     def evaluate(self) -> dict[str, float]:
         """Exact scores of the averaged weights; the weights are kept where validation is best."""
         start = time.perf_counter()
         self._release()
-        scores = self.scores(self.predict())
+        scores = self.scores()
         self._release()
-        key = f"val_{self.dataset.metric}"
+        key = f"val_{self.task.metric}"
         if not self.best["scores"] or scores[key] > self.best["scores"][key]:
             weights = {name: value.clone() for name, value in self.averaged.module.state_dict().items()}
             self.best = {"epoch": self.epoch, "scores": scores, "weights": weights}

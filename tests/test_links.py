@@ -1,0 +1,198 @@
+"""Link prediction: splits, batches, score, and training on real citations."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from graphs import awkward_graph
+
+from vqgnn import LinkLoader, datasets
+from vqgnn.cli import main
+from vqgnn.config import Config, InputError
+from vqgnn.links import LinkModel, given_split, hits, random_split
+from vqgnn.train import Trainer
+
+pytestmark = pytest.mark.usefixtures("command_line")
+SMALL = {"task": "link", "dataset": "generated:n=300,classes=3,features=8", "batch_size": 600}
+SMALL |= {"hidden": 8, "layers": 2, "threads": 1}
+
+
+def make(graph=None, **changes):
+    config = Config(**(SMALL | changes))
+    return Trainer(config, graph or datasets.of_config(config))
+
+
+def pairs_of(edges):
+    """The node pairs of edges [2, e], whatever their direction."""
+    return {(min(a, b), max(a, b)) for a, b in np.asarray(edges).T.tolist()}
+
+
+def test_random_split_holds_out_whole_pairs():
+    edges = awkward_graph(100, 600, undirected=True).edge_index.numpy()
+    message, links = random_split(edges, 100, seed=0)
+    joined = {pair for pair in pairs_of(edges) if pair[0] != pair[1]}
+    train, val, test = (pairs_of(part) for part in (links.train, links.val, links.test))
+    assert train | val | test == joined and len(train) + len(val) + len(test) == len(joined)
+    assert len(val) == -(-len(joined) // 20) and len(test) == -(-len(joined) // 10)
+    loops = pairs_of(edges) - joined
+    assert loops and pairs_of(message) == train | loops
+    for negatives in (links.val_negatives, links.test_negatives):
+        assert negatives.shape == (2, 100_000) and not pairs_of(negatives) & pairs_of(edges)
+        assert (negatives[0] != negatives[1]).all()
+    again = random_split(edges, 100, seed=0)[1]
+    assert all(torch.equal(value, getattr(again, name)) for name, value in vars(links).items())
+    assert pairs_of(random_split(edges, 100, seed=1)[1].test) != test
+
+
+def split_file(**changes):
+    arrays = {
+        "train_edge_id": np.array([0, 2]),
+        "val_edge_id": np.array([1]),
+        "test_edge_id": np.array([3]),
+        "val_neg_dst": np.array([[4, 0]]),
+        "test_neg_dst": np.array([[1, 2]]),
+    }
+    return {key: value for key, value in (arrays | changes).items() if value is not None}
+
+
+EDGES = np.array([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]], np.int32)
+
+
+def test_given_split():
+    message, links = given_split("file", split_file(), EDGES, 5)
+    assert links.train.tolist() == [[0, 2], [1, 3]] and links.val.tolist() == [[1], [2]]
+    assert links.val_negatives.tolist() == [[1, 1], [4, 0]] and links.test_negatives.tolist() == [[3, 3], [1, 2]]
+    assert message.tolist() == [[0, 2, 4], [1, 3, 0]]  # the edge that is not for training passes messages too
+    mask = np.array([True, False, True, False, False])
+    assert given_split("file", split_file(message_edge_mask=mask), EDGES, 5)[0].tolist() == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_edge_id": None, "test_neg_dst": None}, "lacks val_edge_id, test_neg_dst"),
+        ({"train_edge_id": np.array([5])}, r"train_edge_id .* integers 0\.\.4"),
+        ({"val_neg_dst": np.array([4, 0])}, "val_neg_dst .* 2-dimensional"),
+        ({"val_neg_dst": np.array([[4], [0]])}, "2 rows of val_neg_dst for 1 edges"),
+        ({"message_edge_mask": np.ones(4, bool)}, r"must be bool \[5\]"),
+    ],
+)
+def test_given_splits_that_do_not_fit(changes, message):
+    with pytest.raises(InputError, match=message):
+        given_split("file", split_file(**changes), EDGES, 5)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_have_each_edge_once(prefetch):
+    data = awkward_graph()
+    edges = data.edge_index[:, ::2]
+    loader = LinkLoader(data, edges, batch_size=40, prefetch=prefetch)
+    epochs = []
+    for _ in range(2):
+        found = []
+        for batch in loader:
+            assert batch.n_id.numel() <= 40 and torch.equal(batch.n_id, batch.n_id.unique())
+            assert torch.equal(batch.x, data.x[batch.n_id]) and batch.pairs.unique().numel() == batch.n_id.numel()
+            assert batch.labels.sum() * 2 == batch.labels.numel()
+            found.append(batch.n_id[batch.pairs][:, batch.labels == 1])
+        assert len(found) == len(loader) == -(-4 * edges.size(1) // 40)
+        epochs.append(torch.cat(found, 1))
+    key = [(edge[0] * 40 + edge[1]).sort().values for edge in (edges, *epochs)]
+    assert torch.equal(key[0], key[1]) and torch.equal(key[0], key[2]) and not torch.equal(*epochs)
+    loader.set_epoch(0)
+    assert torch.equal(next(iter(loader)).n_id, next(iter(LinkLoader(data, edges, batch_size=40))).n_id)
+
+
+def test_whole_graph_batch():
+    data = awkward_graph()
+    (batch,) = LinkLoader(data, data.edge_index, whole=True)
+    assert batch.graph.whole and batch.pairs.size(1) == 2 * data.num_edges
+
+
+def test_hits_against_hand_counts():
+    negative = torch.tensor([0.1, 0.9, 0.5, 0.3])
+    assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 1) == 0.25  # above 0.9; a tie is no hit
+    assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 2) == 0.75
+    assert hits(torch.tensor([0.0]), negative, 5) == 1.0
+
+
+@pytest.mark.parametrize("head", ["dot", "mlp"])
+def test_score_of_a_pair(head):
+    model = LinkModel(torch.nn.Identity(), 4, head)
+    z = torch.randn(5, 4)
+    score = model.score(*z[torch.tensor([[0, 3], [1, 3]])])
+    product = torch.stack([z[0] * z[1], z[3] * z[3]])
+    torch.testing.assert_close(score, product.sum(1) if head == "dot" else model.head(product)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "vq", "head": "mlp"}, {"method": "gas"}, {"method": "drop"}, {"method": "full"}, {"model": "mlp"}],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_every_method_trains(options):
+    trainer = make(hits=1000, epochs=4, **options)
+    held_out = pairs_of(torch.cat([trainer.dataset.links.val, trainer.dataset.links.test], 1))
+    assert not held_out & pairs_of(trainer.data.edge_index)
+    losses = [trainer.train_epoch()["loss"] for _ in range(4)]
+    scores = trainer.evaluate()
+    assert losses[-1] < losses[0] and scores.keys() >= {"val_hits", "test_hits"}
+    assert trainer.best["epoch"] == 4 and trainer.predict().shape == (300, 8)
+
+
+def test_command(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    small = [
+        "--dataset",
+        SMALL["dataset"],
+        "--batch-size",
+        "600",
+        "--hidden",
+        "8",
+        "--layers",
+        "2",
+        "--threads",
+        "1",
+        "--epochs",
+        "2",
+    ]
+    assert main(["train", "--task", "link", "--head", "mlp", *small, "--out", out]) == 0
+    assert "test Hits@K" in capsys.readouterr().out
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"val_hits", "test_hits"} <= epoch.keys() for epoch in epochs)
+    assert main(["train", "--resume", "--out", out]) == 0
+    assert main(["evaluate", out]) == 0
+    assert f"{max(epochs, key=lambda epoch: epoch['val_hits'])['test_hits']:.4f}" in capsys.readouterr().out
+    assert main(["predict", out, "--out", str(tmp_path / "z.npz")]) == 0
+    with np.load(tmp_path / "z.npz") as file:
+        assert file["embeddings"].shape == (300, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "cluster"}, "--sampler cluster is not for --task link"),
+        ({"inductive": True}, "--inductive True is not for --task link"),
+        ({"task": "node", "links": "file.npz"}, "is for --task link only"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(InputError, match=message):
+        Config(**(SMALL | options))
+
+
+def test_citations(shared_data):
+    """ogbn-arxiv's citations by year; a part of the training edges, for time."""
+    links = str(shared_data / "ogbn-arxiv-links.npz")
+    config = Config(**(SMALL | {"dataset": str(shared_data / "ogbn-arxiv-tape.npz"), "links": links, "lr": 0.02}))
+    dataset = datasets.of_config(config)
+    found = dataset.links
+    assert (found.train.size(1), found.val.size(1), found.test.size(1)) == (378_578, 5000, 5000)
+    assert found.val_negatives.shape == found.test_negatives.shape == (2, 500_000)
+    dataset = dataclasses.replace(dataset, links=dataclasses.replace(found, train=found.train[:, :10_000]))
+    trainer = make(dataset, dataset=config.dataset, links=links, lr=0.02, batch_size=10_000, hits=5000)
+    losses = [trainer.train_epoch()["loss"] for _ in range(2)]
+    scores = trainer.evaluate()
+    assert losses[1] < losses[0] and scores["test_hits"] > 0.05  # drawn scores: 0.01
