@@ -11,7 +11,8 @@ from graphs import awkward_graph
 from vqgnn import LinkLoader, datasets
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
-from vqgnn.links import LinkModel, given_split, hits, random_split
+from vqgnn.link_splits import given_split, random_split
+from vqgnn.links import LinkModel, hits
 from vqgnn.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("command_line")

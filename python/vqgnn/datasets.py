@@ -15,11 +15,11 @@ import torch
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import coalesce, to_undirected
 
-from . import links
+from . import link_splits
 from .config import Config, InputError
 from .disk_graph import GraphFolder, MappedData
 from .generate import GeneratedGraph
-from .links import Links
+from .link_splits import Links
 from .partitioning import cache_folder
 
 MASKS = ("train_mask", "val_mask", "test_mask")
@@ -96,7 +96,7 @@ def load_links(
 
     Args:
         name, directed, columns, random: as in `load`.
-        path: .npz file of the edges to predict (see `links.given_split`), or None for a random split ...
+        path: .npz file of the edges to predict (see `link_splits.given_split`), or None for a random split ...
         split: ... with this number.
     """
     arrays = _read(name, directed, columns, random)
@@ -104,9 +104,9 @@ def load_links(
         raise InputError(f"dataset {name!r} is on disk; --task link needs a graph in memory")
     x, edge_index = _checked_graph(name, arrays, _num_nodes(arrays), columns)
     if path is None:
-        edge_index, found = links.random_split(edge_index, len(x), split)
+        edge_index, found = link_splits.random_split(edge_index, len(x), split)
     else:
-        edge_index, found = links.given_split(str(path), read_npz(path), edge_index, len(x))
+        edge_index, found = link_splits.given_split(str(path), read_npz(path), edge_index, len(x))
     return Dataset(name, Data(x=x, edge_index=_edges(edge_index, len(x), directed)), 0, False, found)
 
 

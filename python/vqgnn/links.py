@@ -1,99 +1,14 @@
-"""Link prediction: which edges are learnt and ranked, their batches, and the score of a pair of nodes."""
+"""Link prediction: batches of edges, the score of a pair of nodes, and Hits@K."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from .config import InputError
 from .loader import Batch, BatchLoader
-
-_VAL, _TEST = 0.05, 0.1  # shares of the edges in a random split
-_NEGATIVES = 100_000  # pairs that are no edges, in a random split: as many as ogbl-collab has
-
-
-@dataclass(frozen=True)
-class Links:
-    """Edges [2, e] to learn, and per split the edges to find among the pairs [2, m] that are no edges."""
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
-    val_negatives: Tensor
-    test_negatives: Tensor
-
-    def to(self, device: torch.device) -> Links:
-        return Links(**{name: edges.to(device) for name, edges in vars(self).items()})
-
-
-def random_split(edge_index: np.ndarray, num_nodes: int, seed: int) -> tuple[np.ndarray, Links]:
-    """`(edges that pass messages [2, e], links)`: 85 % of the node pairs that are joined are learnt and pass messages.
-
-    5 % are for validation, 10 % for the test; each of the two has 100,000 uniformly drawn pairs that are not joined.
-    """
-    rng = np.random.default_rng(seed)
-    low, high = edge_index.min(0).astype(np.int64), edge_index.max(0).astype(np.int64)
-    key = low * num_nodes + high
-    pairs, which = np.unique(key, return_inverse=True)
-    joined = np.flatnonzero(pairs // num_nodes != pairs % num_nodes)  # a self loop is never held out
-    order = rng.permutation(joined)
-    val, test = math.ceil(_VAL * len(order)), math.ceil(_TEST * len(order))
-    kept = np.ones(len(pairs), bool)
-    kept[order[: val + test]] = False
-    parts = np.split(pairs[order], [val, val + test])
-
-    def negatives() -> Tensor:
-        drawn = rng.integers(0, num_nodes, (2, 2 * _NEGATIVES))
-        drawn = drawn[:, drawn[0] != drawn[1]]
-        known = np.isin(drawn.min(0) * num_nodes + drawn.max(0), pairs)
-        return torch.from_numpy(drawn[:, ~known][:, :_NEGATIVES])
-
-    val, test, train = (torch.from_numpy(np.stack([part // num_nodes, part % num_nodes])) for part in parts)
-    return edge_index[:, kept[which]], Links(train, val, test, negatives(), negatives())
-
-
-def given_split(
-    name: str, arrays: dict[str, np.ndarray], edge_index: np.ndarray, num_nodes: int
-) -> tuple[np.ndarray, Links]:
-    """`(edges that pass messages [2, e], links)` of a file's arrays, which number the graph's stored edges.
-
-    They are train_edge_id, val_edge_id and test_edge_id [p], val_neg_dst and test_neg_dst [p, r] (nodes to which the
-    source of the edge has none), and, if other edges than the last two sets' are to pass messages, message_edge_mask.
-    """
-
-    def refuse(problem: str) -> None:
-        raise InputError(f"--links {name!r} {problem}")
-
-    needed = ["train_edge_id", "val_edge_id", "test_edge_id", "val_neg_dst", "test_neg_dst"]
-    missing = [key for key in needed if key not in arrays]
-    if missing:
-        refuse(f"lacks {', '.join(missing)}; see vqgnn.links.given_split for the format")
-    edges = edge_index.shape[1]
-    for key, limit in zip(needed, [edges] * 3 + [num_nodes] * 2, strict=True):
-        ids, dims = arrays[key], 1 + key.endswith("dst")
-        if ids.ndim != dims or ids.dtype.kind not in "iu" or not ids.size or not 0 <= ids.min() <= ids.max() < limit:
-            refuse(f"has {key} {list(ids.shape)} {ids.dtype}; it must be {dims}-dimensional, integers 0..{limit - 1}")
-    message = arrays.get("message_edge_mask")
-    if message is None:
-        message = np.ones(edges, bool)
-        message[np.concatenate([arrays["val_edge_id"], arrays["test_edge_id"]])] = False
-    if message.shape != (edges,) or message.dtype != bool:
-        refuse(f"has message_edge_mask {list(message.shape)} {message.dtype}; it must be bool [{edges}]")
-    found = {}
-    for split in ("train", "val", "test"):
-        found[split] = torch.from_numpy(edge_index[:, arrays[f"{split}_edge_id"]].astype(np.int64))
-        if split != "train":
-            target = arrays[f"{split}_neg_dst"].astype(np.int64)
-            if len(target) != found[split].size(1):
-                refuse(f"has {len(target)} rows of {split}_neg_dst for {found[split].size(1)} edges of {split}_edge_id")
-            source = found[split][0].repeat_interleave(target.shape[1])
-            found[f"{split}_negatives"] = torch.stack([source, torch.from_numpy(target).flatten()])
-    return edge_index[:, message], Links(**found)
 
 
 class LinkLoader(BatchLoader):
