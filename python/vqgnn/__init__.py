@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import inference, nn
     from .codebook import Codebook
-    from .conversion import convert, stores
+    from .conversion import convert, paths, stores
     from .graph import BatchGraph, Convolution, Graph
     from .inference import warmup
     from .loader import Batch, BatchLoader
@@ -31,6 +31,7 @@ _MODULE_OF = {
     "inference": None,
     "nn": None,
     "partition": "partitioning",
+    "paths": "conversion",
     "stores": "conversion",
     "warmup": "inference",
 }
@@ -47,6 +48,7 @@ __all__ = [
     "inference",
     "nn",
     "partition",
+    "paths",
     "stores",
     "warmup",
 ]
