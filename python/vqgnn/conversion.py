@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 
 from .generic import GenericConv, generic_class
-from .graph import BatchGraph, Convolution, Graph
+from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
 from .inference import call_model, evaluating, warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
@@ -245,7 +245,15 @@ class _Probe:
 
     def survey(self, conv: GenericConv, given) -> Tensor:
         """For a conv whose own code runs."""
-        out, sees_features = conv.examine(given)
+        try:
+            out, sees_features = conv.examine(given)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{type(conv).__name__} cannot run on mini-batches: on a graph of a few nodes its own code failed "
+                f"with {type(error).__name__}: {error}"
+            ) from error
         self._note(conv, conv.survey.hops[0].dim, sees_features)
         conv.settle(given)
         return out
@@ -261,5 +269,8 @@ def _probe(model: nn.Module, graph: Graph, forward) -> dict[StoreConv, tuple[int
     x = graph.x[:_PROBE_NODES].clone()
     n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
-        forward(model, Batch(BatchGraph(graph, n_id, x, run=probe), {"x": x}))
+        try:
+            forward(model, Batch(BatchGraph(graph, n_id, x, run=probe), {"x": x}))
+        except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
+            raise not_an_edge_index("a function of torch_geometric.utils") from error
     return probe.calls

@@ -159,6 +159,15 @@ class _Record:
         self.calls.append(_Call(propagates, edge_index, arguments, values, out))
         return out
 
+    def values(self) -> list[dict[str, Tensor]]:
+        """By call, what it was given for every edge."""
+        return [{key: call.arguments[key] for key in call.edge_values} for call in self.calls]
+
+    def agrees(self, other: _Record, edges: slice = slice(None)) -> bool:
+        """Whether the other run gave the same for these edges."""
+        pairs = zip(self.values(), other.values(), strict=True)
+        return all(torch.equal(mine[key][edges], its[key]) for mine, its in pairs for key in mine)
+
 
 class _Deliver:
     """Sends messages over `edges` to a conv's own rows, from them and from the rows of the nodes behind them.
@@ -390,7 +399,12 @@ class GenericConv(StoreConv):
             hops = self._hops(record, rows, told, n)
             edge_values = [call.edge_values for call in record.calls]
             records = any(call.edge_index is not edge_index for call in record.calls)
-            records |= len(hops) > 1 and any(edge_values)
+            if not records and any(
+                edge_values
+            ):  # do the other edges decide an edge's value, or will later hops need it?
+                half = _Record(edge_values)
+                self._run(half, given, rows, edge_index[:, ::2], slice(None, None, 2))
+                records = len(hops) > 1 or not record.agrees(half, slice(None, None, 2))
             self._check_values(record, rows, records)
             if records:
                 self._check_dropout(record, given, rows, edge_index)
@@ -410,8 +424,12 @@ class GenericConv(StoreConv):
         reached = []
         for k, arguments in enumerate(heard):
             reached += _tensors(arguments[name] for name in self.node_arguments(k == len(heard) - 1))
-        total = sum(t.float().sum() for t in reached if t.requires_grad)
-        gradients = torch.autograd.grad(total, list(rows.values()), allow_unused=True)
+        sums = [t.float().sum() for t in reached if t.requires_grad]
+        if not sums:
+            raise ValueError(
+                f"{type(self).__name__} tells neighbours nothing of its x; it can run without a batch graph"
+            )
+        gradients = torch.autograd.grad(sum(sums), list(rows.values()), allow_unused=True)
         return [name for name, g in zip(rows, gradients, strict=True) if g is not None]
 
     def _hops(self, record: _Record, rows: dict[str, Tensor], told: list[str], n: int) -> list[Hop]:
@@ -438,9 +456,8 @@ class GenericConv(StoreConv):
         return hops
 
     def _check_values(self, record: _Record, rows: dict[str, Tensor], records: bool) -> None:
-        for call in record.calls:
-            for key in call.edge_values:
-                value = call.arguments[key]
+        for values in record.values():
+            for key, value in values.items():
                 if not value.requires_grad:
                     continue
                 from_rows = torch.autograd.grad(value.sum(), list(rows.values()), retain_graph=True, allow_unused=True)
@@ -451,28 +468,24 @@ class GenericConv(StoreConv):
                     )
 
     def _check_dropout(self, record: _Record, given: _Given, rows: dict[str, Tensor], edge_index: Tensor) -> None:
-        again = _Record(edge_values=[call.edge_values for call in record.calls])
+        again = _Record([call.edge_values for call in record.calls])
         self.training = True  # alone: modules inside stay as they are, and keep their statistics
         try:
             with torch.random.fork_rng():
                 self._run(again, given, rows, edge_index, slice(None))
         finally:
             self.training = False
-        for first, second in zip(record.calls, again.calls, strict=True):
-            for key in first.edge_values:
-                if not torch.equal(first.arguments[key], second.arguments[key]):
-                    raise ValueError(
-                        f"{type(self).__name__} drops out {key} of the edges before propagate; here it comes from the "
-                        "whole graph, once: set its dropout to 0"
-                    )
+        if not record.agrees(again):
+            raise ValueError(
+                f"{type(self).__name__} drops out values of edges before propagate; here they come from "
+                "the whole graph, once: set its dropout to 0"
+            )
 
     @torch.no_grad()
     def _additive(self, given: _Given, record: _Record) -> bool:
         """Whether the messages of two halves of the edges add up to those of all."""
-        first, survey = record.calls[0], self.survey
-        values = [{k: call.arguments[k] for k in call.edge_values} for call in record.calls]
-        edge_index = self._flow(first.edge_index)
-        survey.edges = Recorded(edge_index, values)
+        survey, edge_index = self.survey, self._flow(record.calls[0].edge_index)
+        survey.edges = Recorded(edge_index, record.values())
         ids = torch.arange(edge_index.size(1), device=edge_index.device)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -515,8 +528,7 @@ class GenericConv(StoreConv):
             raise ValueError(
                 f"{type(self).__name__} propagates over several sets of edges; give each a conv of its own"
             )
-        values = [{k: call.arguments[k] for k in call.edge_values} for call in record.calls]
-        return Recorded(self._flow(edge_index), values)
+        return Recorded(self._flow(edge_index), record.values())
 
     # ---- PyG's code --------------------------------------------------------------------------------------------------
 

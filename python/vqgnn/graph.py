@@ -246,7 +246,7 @@ class EdgeIndexError(AttributeError, ValueError):
     """A model treats a batch's graph as an edge_index; also an AttributeError, so that hasattr answers no."""
 
 
-def _not_an_edge_index(used: str):
+def not_an_edge_index(used: str) -> EdgeIndexError:
     return EdgeIndexError(
         f"the model's forward uses {used} of its edge_index, but a mini-batch brings a BatchGraph, which convs alone "
         "read; move what it does to edges into a transform of the data, once and before vqgnn.convert: "
@@ -382,15 +382,21 @@ class BatchGraph:
 
     def __getattr__(self, name: str):
         if not name.startswith("__") and hasattr(Tensor, name):
-            raise _not_an_edge_index(f".{name}")
+            raise not_an_edge_index(f".{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, index):
-        raise _not_an_edge_index("[...]")
+        raise not_an_edge_index("[...]")
+
+    def __len__(self):
+        raise not_an_edge_index("the length")
+
+    def __bool__(self):  # not by its length
+        return True
 
     def __iter__(self):
-        raise _not_an_edge_index("the rows (row, col = edge_index)")
+        raise not_an_edge_index("the rows (row, col = edge_index)")
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise _not_an_edge_index(f"torch.{getattr(function, '__name__', function)}(...)")
+        raise not_an_edge_index(f"torch.{getattr(function, '__name__', function)}(...)")

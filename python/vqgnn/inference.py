@@ -154,7 +154,7 @@ class _Sweep:
             self.outputs.append(None)
             self.recorded = None
             self.last = len(self.outputs) == num_convs
-            if self.last and self.on_inputs is not None:
+            if self.last and self.on_inputs is not None and (self.inputs is not None or num_convs > 1):
                 return None  # every conv's inputs are known
             for start, stop in tqdm(ranges, disable=not self.progress, desc=f"pass {len(self.outputs)}", leave=False):
                 self.range, self.call = (start, stop), 0
