@@ -139,7 +139,7 @@ def _full(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
     return out.detach(), _gradient(model)
 
 
-def _epoch(model: nn.Module, data: Data, times: int = 1, batch_size: int = 13) -> tuple[Tensor, Tensor]:
+def _epoch(model: nn.Module, data: Data, times: int = 1, batch_size: int = 20) -> tuple[Tensor, Tensor]:
     """Outputs and the sum of gradients of the last of some passes over mini-batches, with frozen weights."""
     outputs = torch.empty(data.num_nodes, CLASSES)
     loader = vqgnn.BatchLoader(data, batch_size=batch_size, seed=1, prefetch=0)
@@ -195,7 +195,7 @@ def vq_gradient(model: nn.Module, data: Data) -> str:
 
     def error(grad: bool) -> float:
         vqgnn.convert(model, data, method="vq", codec=f"pq:d=2,k={data.num_nodes}", decay=0.5, grad=grad)
-        return _error(_epoch(model, data, times=2 * _hops(model) + 2)[1], gradient)
+        return _error(_epoch(model, data, times=_hops(model) + 4)[1], gradient)
 
     biased, compensated = error(False), error(True)
     assert compensated < 0.1 and compensated < 0.5 * biased, (biased, compensated)

@@ -144,9 +144,8 @@ def convert(
         raise
     for conv, use in uses.items():
         conv.store_use = use
-        inputs = {"precompute": "input_messages", "rows": conv.input_slices}
-        slices = "edges" if isinstance(conv, GenericConv) else "csr"
-        graph.wanted[use.convolution, inputs.get(use.input, slices)] = None
+        slices = conv.input_slices if use.input == "rows" or isinstance(conv, GenericConv) else "csr"
+        graph.wanted[use.convolution, "input_messages" if use.input == "precompute" else slices] = None
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only

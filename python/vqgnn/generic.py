@@ -93,7 +93,8 @@ class Survey:
 
     rows: names of the arguments with a row a node, and of these told: the ones that reach neighbours. records: whether
     edges and their values come from one run on the whole graph. edge_values: by call, the names of propagate's (or
-    edge_updater's) arguments with a row an edge. additive: whether messages are summed.
+    edge_updater's) arguments with a row an edge. additive: whether messages are summed. edges: which edges messages
+    follow, and valued: whether these have values.
     """
 
     rows: list[str]
@@ -103,6 +104,7 @@ class Survey:
     additive: bool
     hops: list[Hop]
     edges: Convolution | Recorded | None = None
+    valued: bool = False
 
 
 class _Stop(Exception):
@@ -233,7 +235,6 @@ class GenericConv(StoreConv):
     """Mix-in: any other PyG conv (`pyg_class`) that can read a node-state store."""
 
     fixed = False
-    input_slices = "edges"
     pyg_class: ClassVar[type[MessagePassing]]
     survey: Survey | None = None
     _visitor = None
@@ -252,6 +253,10 @@ class GenericConv(StoreConv):
         if self._visitor is None:
             return self.pyg_class.edge_updater(self, edge_index, size=size, **kwargs)
         return self._visitor.edge_updater(self, edge_index, kwargs)
+
+    @property
+    def input_slices(self) -> str:
+        return "valued_edges" if self.survey.valued else "edges"
 
     def convolution(self) -> None:
         """Known from the survey alone."""
@@ -275,7 +280,7 @@ class GenericConv(StoreConv):
         first = survey.hops[0]
         use = first.store_use
         require_whole(use, graph)
-        edges = graph.edges(survey.edges)
+        edges = graph.edges(survey.edges, survey.valued)
         source, rows = self._source(given), None
         if use.input == "rows":
             rows = graph.graph.x[edges.others]
@@ -301,8 +306,8 @@ class GenericConv(StoreConv):
 
     def _sweep(self, given: _Given) -> Tensor:
         """In layer-wise inference: `run` knows the rows of all nodes (or, looking for the model's structure, none)."""
-        graph, hops = given.graph, self.survey.hops
-        source, edges = self._source(given), graph.edges(self.survey.edges)
+        graph, survey, hops = given.graph, self.survey, self.survey.hops
+        source, edges = self._source(given), graph.edges(survey.edges, survey.valued)
 
         def others(hop: Hop, table: Rows | None) -> Tensor | None:
             return None if table is None else kernels.pull_rows(table, edges.others, hop.dim)
@@ -360,7 +365,7 @@ class GenericConv(StoreConv):
     def _halo_gradient(self, source: Tensor, hop: Hop, given: _Given, send: Callable | None) -> Tensor:
         """C_HB^T G~_H [b, dim]: of out-of-batch nodes' messages, computed again from source [b, dim]."""
         graph, survey = given.graph, self.survey
-        targets, edges = graph.edges_out(survey.edges, all_sources=not survey.additive)
+        targets, edges = graph.edges_out(survey.edges, not survey.additive, survey.valued)
         if targets.numel() == 0:
             return torch.zeros_like(source)
         source = source.to(next(self.parameters(), hop.store_use.store.pull(targets[:1])).dtype).requires_grad_()
@@ -512,8 +517,7 @@ class GenericConv(StoreConv):
             survey.edges = next((known for known in graph.recorded if known.equals(recorded)), recorded)
             if survey.edges is recorded:
                 graph.recorded.append(recorded)
-        if given.edge_tensors or (survey.records and any(survey.edges.values)):
-            graph.valued.add(survey.edges)
+        survey.valued = bool(given.edge_tensors) or (survey.records and any(survey.edges.values))
 
     @torch.no_grad()
     def _record(self, given: _Given) -> Recorded:

@@ -151,10 +151,7 @@ class Graph:
         self._products: dict[Convolution, Tensor] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
-        # For the convs that PyG's own code computes: the edges that they made of the graph's, and whose edges have
-        # values of their own, so that a batch must know which edges its are.
-        self.recorded: list = []
-        self.valued: set = set()
+        self.recorded: list = []  # what convs made of the graph's edges (generic.Recorded), for others to share
 
     @classmethod
     def of(cls, data: Data) -> Graph:
@@ -320,46 +317,47 @@ class BatchGraph:
             self._bipartite[convolution] = csr._replace(halo=none), csr_t, csr.halo
         return self._bipartite[convolution]
 
-    def edges(self, convolution: Convolution) -> BatchEdges:
-        """The edges into the batch; `others` is its halo."""
-        if (convolution, "in") not in self._edges:
+    def edges(self, convolution: Convolution, valued: bool = False) -> BatchEdges:
+        """The edges into the batch, `others` being its halo; with valued, their ids too."""
+        key = (convolution, "in", valued)
+        if key not in self._edges:
             csr = self.csr(convolution)[0]
-            rowptr = self.graph.matrix(convolution).rowptr
-            edge_index, ids = self._edge_index(convolution, rowptr, self.n_id, csr.rowptr, csr.col)
-            self._edges[convolution, "in"] = BatchEdges(edge_index, csr.halo, ids)
-        return self._edges[convolution, "in"]
+            edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
+            order = self.graph.order(convolution) if valued else None
+            self._edges[key] = BatchEdges(edges[:2], csr.halo, None if order is None else order[edges[2]])
+        return self._edges[key]
 
-    def edges_out(self, convolution: Convolution, all_sources: bool) -> tuple[Tensor, BatchEdges]:
+    def valued_edges(self, convolution: Convolution) -> BatchEdges:
+        return self.edges(convolution, valued=True)
+
+    def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
         """The out-of-batch nodes [d] that the batch sends to, and the edges into them.
 
         From the batch alone, which then stands behind them as `others`, or with all_sources from every node.
         """
-        if (convolution, all_sources) not in self._edges:
+        key = (convolution, all_sources, valued)
+        if key not in self._edges:
             matrix, csr = self.graph.matrix(convolution), self.csr(convolution)[1]
             targets = csr.halo
             if all_sources:
                 rowptr, col, others = kernels.csr_slice(matrix.rowptr, matrix.col, targets)
-                edge_index, ids = self._edge_index(convolution, matrix.rowptr, targets, rowptr, col)
+                edges = self._edge_index(matrix.rowptr, targets, rowptr, col)
             else:
                 others, b = self.n_id, self.n_id.numel()
-                ends, ids = self._edge_index(convolution, matrix.rowptr_t, others, csr.rowptr, csr.col, True)
-                target, source = ends[:, ends[0] >= b]
-                edge_index = torch.stack([source + targets.numel(), target - b])
-                ids = None if ids is None else ids[ends[0] >= b]
-            self._edges[convolution, all_sources] = targets, BatchEdges(edge_index, others, ids)
-        return self._edges[convolution, all_sources]
+                edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
+                target, source, place = edges[:, edges[0] >= b]
+                edges = torch.stack([source + targets.numel(), target - b, place])
+            order = self.graph.order(convolution, transposed=not all_sources) if valued else None
+            edges = BatchEdges(edges[:2], others, None if order is None else order[edges[2]])
+            self._edges[key] = targets, edges
+        return self._edges[key]
 
-    def _edge_index(
-        self, convolution, rowptr, nodes, rowptr_b, col_b, transposed=False
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(edge_index [2, e] of (column, row), ids [e] or None)` of the rows of `nodes`: rowptr_b and col_b."""
+    def _edge_index(self, rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, col_b: Tensor) -> Tensor:
+        """[3, e] column, row and place in the graph's matrix of the edges of `nodes`, cut out as rowptr_b and col_b."""
         count, e = rowptr_b.diff(), col_b.numel()
         row = torch.arange(count.numel(), device=col_b.device).repeat_interleave(count, output_size=e)
-        ids = None
-        if convolution in self.graph.valued:
-            start = (rowptr[nodes] - rowptr_b[:-1]).repeat_interleave(count, output_size=e)
-            ids = self.graph.order(convolution, transposed)[start + torch.arange(e, device=col_b.device)]
-        return torch.stack([col_b.long(), row]), ids
+        place = (rowptr[nodes] - rowptr_b[:-1])[row] + torch.arange(e, device=col_b.device)
+        return torch.stack([col_b.long(), row, place])
 
     def input_messages(self, convolution: Convolution) -> Tensor:
         """The batch's rows of C X."""
