@@ -16,9 +16,14 @@ from torch_geometric.utils import add_self_loops, dropout_edge
 import vqgnn
 from vqgnn.inference import layerwise
 
+SLOW = {
+    "compile": ("GCNConv", "GATv2Conv", "ARMAConv"),
+    "vq gradient": ("GATConv", "GATv2Conv", "ARMAConv", "GraphConv"),
+}
+CELLS = [(conv, check) for conv in conv_table.CONVS for check in conv_table.CHECKS if conv in SLOW.get(check, [conv])]
 
-@pytest.mark.parametrize("check", conv_table.CHECKS)
-@pytest.mark.parametrize("conv", conv_table.CONVS)
+
+@pytest.mark.parametrize(("conv", "check"), CELLS)
 def test_cell_of_the_table(conv, check):
     assert conv_table.cell(conv, check)
 
@@ -330,6 +335,20 @@ class LearnedWeight(MessagePassing):
         return x_j * weight[:, None]
 
 
+class Named(MessagePassing):
+    """Has a name that converted convs have."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x, edge_index):
+        return self.combine(self.propagate(edge_index, x=x))
+
+    def combine(self, x):
+        return self.lin(x)
+
+
 class NoMessages(MessagePassing):
     def forward(self, x, edge_index):
         return x
@@ -341,10 +360,11 @@ class NoMessages(MessagePassing):
         (lambda: pyg.APPNP(2, 0.1, dropout=0.5), "APPNP drops out values of edges.*set its dropout to 0"),
         (lambda: pyg.PDNConv(6, 3, 3, 4), r"PDNConv computes edge_weight of every edge.*in message\(\)"),
         (LearnedWeight, r"LearnedWeight computes weight of every edge.*in message\(\)"),
+        (Named, "Named has combine, a name that vqgnn gives to convs; rename it"),
         (NoMessages, "NoMessages does not call propagate"),
         (lambda: pyg.HypergraphConv(6, 3), "HypergraphConv cannot run on mini-batches.*failed with IndexError"),
     ],
-    ids=["dropout", "learned", "from-rows", "no-messages", "hypergraph"],
+    ids=["dropout", "learned", "from-rows", "named", "no-messages", "hypergraph"],
 )
 def test_what_pygs_code_cannot_do_on_a_batch_is_named(build, message, data):
     data.edge_attr = torch.randn(data.num_edges, 3)
@@ -352,4 +372,4 @@ def test_what_pygs_code_cannot_do_on_a_batch_is_named(build, message, data):
     cls, state = type(conv), set(conv.__dict__)
     with pytest.raises(ValueError, match=message):
         vqgnn.convert(conv, data)
-    assert type(conv) is cls and set(conv.__dict__) <= state | {"_visitor"}
+    assert type(conv) is cls and set(conv.__dict__) == state

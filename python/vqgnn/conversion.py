@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 
-from .generic import GenericConv, generic_class
+from .generic import GenericConv, make_generic
 from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
 from .inference import call_model, evaluating, warmup
 from .loader import Batch
@@ -21,6 +21,7 @@ from .nn import CONVS, INPUTS, StoreConv, StoreUse
 from .partitioning import cache_folder
 from .places import resolve
 from .store import Codec, NodeStore
+from .survey import examine, settle
 
 # method -> default codec, gradient store
 METHODS = {
@@ -138,7 +139,8 @@ def convert(
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, (cls, survey) in before.items():
             conv.__class__ = cls
-            conv.__dict__.pop("survey", None)
+            for name in ("survey", "_visitor"):
+                conv.__dict__.pop(name, None)
             if survey is not None:
                 conv.survey = survey
         raise
@@ -226,8 +228,8 @@ def _as_store_conv(conv: nn.Module) -> Convolution | None:
         try:
             return conv.convolution()
         except ValueError:  # an option that the fused path lacks
-            pass
-    conv.__class__ = generic_class(cls)
+            conv.__class__ = cls
+    make_generic(conv)
     return None
 
 
@@ -245,7 +247,7 @@ class _Probe:
     def survey(self, conv: GenericConv, given) -> Tensor:
         """For a conv whose own code runs."""
         try:
-            out, sees_features = conv.examine(given)
+            out, sees_features = examine(conv, given)
         except ValueError:
             raise
         except Exception as error:
@@ -254,7 +256,7 @@ class _Probe:
                 f"with {type(error).__name__}: {error}"
             ) from error
         self._note(conv, conv.survey.hops[0].dim, sees_features)
-        conv.settle(given)
+        settle(conv, given)
         return out
 
     def _note(self, conv: StoreConv, dim: int, sees_features: bool) -> None:
