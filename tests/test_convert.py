@@ -127,15 +127,7 @@ class Unreached(nn.Module):
     ("build", "options", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(6, 3)), {}, "has no PyG convs"),
-        (lambda: GAT(6, 8, 2, 3, v2=True), {}, "GATv2Conv; supported are GCNConv, SAGEConv, GINConv, GATConv"),
-        (lambda: nn.ModuleList([pyg.GCNConv(6, 3), pyg.GATv2Conv(6, 3)]), {}, "GATv2Conv; supported"),
-        (lambda: pyg.GATConv(6, 3, edge_dim=2), {}, r"GATConv\(edge_dim=2\).*use edge_dim=None"),
-        (lambda: pyg.GATConv((6, 6), 3), {}, r"GATConv\(in_channels=\(6, 6\)\).*use one number"),
         (lambda: GAT(6, 8, 2, 3), {"input": "precompute"}, "needs a fixed C, GATConv has none; use input='auto'"),
-        (lambda: pyg.SAGEConv(6, 3, aggr="max"), {}, r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),
-        (lambda: pyg.GCNConv(6, 3, aggr="max"), {}, r"GCNConv\(aggr='max'\).*use aggr='sum'"),
-        (lambda: pyg.GINConv(nn.Linear(6, 3), aggr="mean"), {}, r"GINConv\(aggr='mean'\).*use aggr='sum'"),
-        (lambda: pyg.GCNConv(6, 3, flow="target_to_source"), {}, "use flow='source_to_target'"),
         (lambda: GCN(-1, 8, 2, 3), {}, "lazy parameters.*run it once"),
         (Twice, {}, "called twice in one forward; give each call a conv of its own"),
         (Unreached, {}, "'b' is not reached"),
@@ -155,6 +147,28 @@ def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data)
         vqgnn.convert(model, data, **options)
     assert [type(module) for module in model.modules()] == classes
     assert not any(isinstance(module, StoreConv) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: m.GATConv(6, 3, edge_dim=2), r"GATConv\(edge_dim=2\).*use edge_dim=None"),
+        (lambda m: m.GATConv((6, 6), 3), r"GATConv\(in_channels=\(6, 6\)\).*use one number"),
+        (lambda m: m.SAGEConv(6, 3, aggr="max"), r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),
+        (lambda m: m.GCNConv(6, 3, aggr="max"), r"GCNConv\(aggr='max'\).*use aggr='sum'"),
+        (lambda m: m.GINConv(nn.Linear(6, 3), aggr="mean"), r"GINConv\(aggr='mean'\).*use aggr='sum'"),
+        (lambda m: m.GCNConv(6, 3, flow="target_to_source"), "use flow='source_to_target'"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "",
+)
+def test_options_without_a_kernel_run_pygs_code(build, message, data):
+    with pytest.raises(ValueError, match=message + ".*or torch_geometric.nn"):
+        vqgnn.convert(build(vqgnn.nn), data)
+    conv = build(pyg)
+    expected = conv(data.x, data.edge_index)
+    assert [path.path for path in vqgnn.paths(vqgnn.convert(conv, data))] == ["generic"]
+    for batch in vqgnn.BatchLoader(data, batch_size=20, prefetch=0):
+        torch.testing.assert_close(conv(batch.x, batch.graph), expected[batch.n_id], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import awkward_graph, dense_convolution
-from test_invariants import FIXED, build
+from test_invariants import CLASSES, FIXED, build
 from test_store import assert_same, stored
+from torch_geometric.nn import APPNP
 
 import vqgnn
 from vqgnn.diagnostics import error_bound
@@ -37,7 +38,7 @@ def test_messages_are_within_the_bound(name, input, data):
     stores = vqgnn.stores(model).values()
     before = [stored(store) for store in stores]
     found = error_bound(model, data, batch)
-    assert [layer.conv for layer in found] == list(vqgnn.stores(model))
+    assert [layer.store for layer in found] == list(vqgnn.stores(model))
     for layer in found:
         assert layer.quantisation > 0 and 0 < layer.messages <= layer.bound
     for state, store in zip(before, stores, strict=True):
@@ -72,6 +73,24 @@ def test_fresh_rows_have_no_error(data):
 def test_attention_has_no_bound(data):
     model, batch = trained("gat", data, "vq", "pq:d=4,k=8")
     assert all(layer.bound is None and layer.messages > 0 for layer in error_bound(model, data, batch))
+
+
+def test_pygs_own_code_has_states_alone(data):
+    model = APPNPNet(data.num_features)
+    vqgnn.convert(model, data, "gas", "fp32")
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=13)))
+    found = error_bound(model, data, batch)
+    assert [layer.store for layer in found] == list(vqgnn.stores(model)) and len(found) == 2
+    assert all(layer.relative_error < 1e-6 and layer.messages is None for layer in found)
+
+
+class APPNPNet(torch.nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.lin, self.propagation = torch.nn.Linear(features, CLASSES), APPNP(K=2, alpha=0.1)
+
+    def forward(self, x, edge_index):
+        return self.propagation(self.lin(x), edge_index)
 
 
 def test_a_model_without_stores_is_refused(data):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import diagnostics, inference, nn
     from .codebook import Codebook
-    from .conversion import convert, stores
+    from .conversion import convert, paths, stores
     from .graph import BatchGraph, Convolution, Graph
     from .inference import warmup
     from .links import LinkLoader
@@ -36,6 +36,7 @@ _MODULE_OF = {
     "new_nodes": "serving",
     "nn": None,
     "partition": "partitioning",
+    "paths": "conversion",
     "stores": "conversion",
     "warmup": "inference",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "new_nodes",
     "nn",
     "partition",
+    "paths",
     "stores",
     "warmup",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch_geometric.nn as pyg
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data
 
-from .graph import BatchGraph, Graph
+from .generic import GenericConv, make_generic
+from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
 from .inference import call_model, device_of, evaluating, warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
 from .partitioning import cache_folder
 from .places import resolve
 from .store import Codec, NodeStore
+from .survey import examine, settle
 from .transfer import TransferEngine
 
 # method -> default codec, gradient store
@@ -48,9 +52,11 @@ def convert(
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
     Args:
-        model: any module whose message passing is done by PyG's GCNConv, SAGEConv (mean, sum), GINConv or GATConv.
-        data: the whole graph; normalisation coefficients come from it. It may stay in RAM for a model on a GPU: give
-            BatchLoader the model's device then.
+        model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv and
+            GATConv have fused kernels; every other `MessagePassing` runs its own code (`vqgnn.paths` tells which does).
+        data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
+            a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
+            GPU: give BatchLoader the model's device then.
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
@@ -58,8 +64,9 @@ def convert(
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
             conv is an attention.
         grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
-            convolutions; not for attention, where the weights of out-of-batch messages follow a softmax that has gone
-            stale, and training diverges (README, limits).
+            convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
+            follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
+            where it is exact too, but reads the rows of all nodes within two hops of a batch.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
@@ -90,19 +97,18 @@ def convert(
     graph, device = Graph.of(data), device_of(model, data)
     convs = _find(model)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
-    classes = {conv: type(conv) for conv in convs.values()}
-    for conv, cls in classes.items():
-        conv.__class__ = CONVS.get(cls, cls)
+    before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in convs.values()}
     try:
-        convolutions = {conv: conv.convolution() for conv in convs.values()}
+        convolutions = {conv: _as_store_conv(conv) for conv in convs.values()}
         calls = _probe(model, graph, device, forward)
         uses: dict[StoreConv, StoreUse] = {}
-        wanted: dict[StoreConv, dict] = {}  # the convs with a store: its arguments
+        wanted: list[tuple[object, str, dict]] = []  # the stores to make: of whom, its attribute, their arguments
         for index, (name, conv) in enumerate(convs.items()):
             if conv not in calls:
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
             dim, sees_features = calls[conv]
-            use = uses[conv] = StoreUse(convolutions[conv], whole=method == "full")
+            generic = isinstance(conv, GenericConv)
+            use = uses[conv] = StoreUse(conv.survey.edges if generic else convolutions[conv], whole=method == "full")
             if sees_features and input != "codes":
                 if input == "precompute" and not conv.fixed:
                     raise ValueError(
@@ -111,34 +117,49 @@ def convert(
                 use.input = "precompute" if conv.fixed and input != "rows" else "rows"
             elif input == "precompute" and index == 0:
                 raise ValueError(f"input='precompute' needs batch.x to reach conv {name!r} unchanged; use input='auto'")
-            elif codec is not None:
+            shape = {"num_nodes": graph.num_nodes, "codec": codec, "seed": seed + index}
+            if not generic:
                 keep = default_grad and conv.fixed if grad is None else grad
-                wanted[conv] = {
-                    "num_nodes": graph.num_nodes,
-                    "dim": dim,
-                    "codec": codec,
-                    "grad": keep,
-                    "seed": seed + index,
-                    "heads": conv.softmax_heads,
-                }
-        needed = sum(NodeStore.size_of(**shape) for shape in wanted.values())
+                if use.input is None:
+                    heads = conv.softmax_heads
+                    wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
+                continue
+            if device != graph.x.device:
+                raise ValueError(
+                    f"{type(conv).__name__} runs PyG's code, which needs the graph where the model is: data is on "
+                    f"{graph.x.device}, the model on {device}; give data.to({str(device)!r})"
+                )
+            keep = default_grad and conv.survey.additive if grad is None else grad
+            for k, hop in enumerate(conv.survey.hops):
+                hop.store_use = use if k == 0 else replace(use, input=None)
+                if hop.store_use.input is None:
+                    wanted.append((hop.store_use, "store", {**shape, "dim": hop.dim, "grad": False}))
+                    if keep:
+                        wanted.append((hop, "grads", {**shape, "dim": hop.out_dim, "grad": False}))
+        if codec is None:
+            wanted.clear()
+        needed = sum(NodeStore.size_of(**shape) for _, _, shape in wanted)
         place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
         where = {"place": place, "folder": folder, "device": device}
         if wanted and place in ("host", "disk"):
             where["engine"] = TransferEngine(device=device)
-        for conv, shape in wanted.items():
-            uses[conv].store = NodeStore(**shape, **where, **codebook)
+        for owner, attribute, shape in wanted:
+            setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
     except BaseException:  # a model that cannot be converted stays as it was
-        for conv, cls in classes.items():
+        for conv, (cls, survey) in before.items():
             conv.__class__ = cls
+            for name in ("survey", "_visitor"):
+                conv.__dict__.pop(name, None)
+            if survey is not None:
+                conv.survey = survey
         raise
-    kept = [(use.store, use.convolution) for use in uses.values() if use.store is not None]
-    reads = kept if place in ("host", "disk") else []
-    graph.halo_wanted |= any(store.in_place for store, _ in kept)
+    fused = [use for conv, use in uses.items() if use.store is not None and not isinstance(conv, GenericConv)]
+    reads = [(use.store, use.convolution) for use in fused] if place in ("host", "disk") else []
+    graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        inputs = {"precompute": "input_messages", "rows": conv.input_slices}
-        graph.wanted[use.convolution, inputs.get(use.input, "csr")] = None
+        slices = conv.input_slices if use.input == "rows" or isinstance(conv, GenericConv) else "csr"
+        graph.wanted[use.convolution, "input_messages" if use.input == "precompute" else slices] = None
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only
@@ -150,12 +171,52 @@ def convert(
 def stores(model: nn.Module) -> dict[str, NodeStore]:
     """The node-state stores of a converted model by the path of their conv.
 
-    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's.
+    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. A conv that
+    PyG's code computes may have several: "conv.hop1" of its second propagate's inputs, "conv.grad" of gradients.
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, StoreConv) and module.store_use is not None and module.store_use.store is not None:
-            found[name] = module.store_use.store
+        if isinstance(module, StoreConv) and module.store_use is not None:
+            found.update({name + more: store for more, store in module.stores().items()})
+    return found
+
+
+class ConvPath(NamedTuple):
+    """How a conv of a converted model gets its messages.
+
+    path: "fused" (one kernel reads states in place) or "generic" (PyG's own code on decoded rows). reads: where the
+    rows of out-of-batch nodes come from. bytes_per_node: of state, for every node of the graph.
+    """
+
+    name: str
+    conv: str
+    path: str
+    reads: str
+    bytes_per_node: float
+
+
+class Paths(list):
+    """`ConvPath`s; as text, a table."""
+
+    def __str__(self) -> str:
+        rows = [ConvPath._fields, *([*row[:-1], f"{row.bytes_per_node:g}"] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+def paths(model: nn.Module) -> Paths:
+    """Which path each conv of a converted model takes, what it reads, and what that costs; print it for a table."""
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, StoreConv) and m.store_use is not None}
+    if not convs:
+        raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
+    found = Paths()
+    for name, conv in convs.items():
+        generic = isinstance(conv, GenericConv)
+        held = conv.stores().values()
+        nbytes = sum(table.nbytes / store.num_nodes for store in held for table in store.tables.values())
+        reads = conv.reads()
+        found.append(ConvPath(name, type(conv).__name__, "generic" if generic else "fused", reads, nbytes))
     return found
 
 
@@ -164,29 +225,65 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     convs = {name: m for name, m in model.named_modules() if isinstance(m, pyg.MessagePassing)}
     if not convs:
         raise ValueError(f"model {type(model).__name__} has no PyG convs to convert")
-    fresh = [m for m in convs.values() if not isinstance(m, StoreConv)]
-    unknown = sorted({type(m).__name__ for m in fresh if type(m) not in CONVS})
-    if unknown:
-        known = ", ".join(conv.__name__ for conv in CONVS)
-        raise ValueError(f"model has convs that cannot be converted yet: {', '.join(unknown)}; supported are {known}")
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("model has lazy parameters without a shape yet; run it once on PyG's edge_index, then convert")
     return convs
 
 
-def _probe(model: nn.Module, graph: Graph, device: torch.device, forward) -> dict[StoreConv, tuple[int, bool]]:
-    """What each conv is given: (channels of its messages, whether they are the features themselves)."""
-    calls: dict[StoreConv, tuple[int, bool]] = {}
+def _as_store_conv(conv: nn.Module) -> Convolution | None:
+    """Make a PyG conv one that reads a store: fused where there is such a one for its options, else by its own code."""
+    cls = type(conv)
+    if isinstance(conv, StoreConv):
+        return conv.convolution()
+    if cls in CONVS:
+        conv.__class__ = CONVS[cls]
+        try:
+            return conv.convolution()
+        except ValueError:  # an option that the fused path lacks
+            conv.__class__ = cls
+    make_generic(conv)
+    return None
 
-    def note(conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+
+class _Probe:
+    """Stands in for every conv and notes what it tells neighbours: (channels, whether the features themselves)."""
+
+    def __init__(self):
+        self.calls: dict[StoreConv, tuple[int, bool]] = {}
+
+    def __call__(self, conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
         source = conv.message_input(x)
-        if conv in calls:
-            raise ValueError(f"{type(conv).__name__} is called twice in one forward; give each call a conv of its own")
-        calls[conv] = (source.size(1), (source if conv.fixed else x) is batch.x)
+        self._note(conv, source.size(1), (source if conv.fixed else x) is batch.x)
         return conv.combine(x, torch.zeros_like(source))
 
+    def survey(self, conv: GenericConv, given) -> Tensor:
+        """For a conv whose own code runs."""
+        try:
+            out, sees_features = examine(conv, given)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{type(conv).__name__} cannot run on mini-batches: on a graph of a few nodes its own code failed "
+                f"with {type(error).__name__}: {error}"
+            ) from error
+        self._note(conv, conv.survey.hops[0].dim, sees_features)
+        settle(conv, given)
+        return out
+
+    def _note(self, conv: StoreConv, dim: int, sees_features: bool) -> None:
+        if conv in self.calls:
+            raise ValueError(f"{type(conv).__name__} is called twice in one forward; give each call a conv of its own")
+        self.calls[conv] = dim, sees_features
+
+
+def _probe(model: nn.Module, graph: Graph, device: torch.device, forward) -> dict[StoreConv, tuple[int, bool]]:
+    probe = _Probe()
     x = graph.x[:_PROBE_NODES].clone().to(device)
     n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
-        forward(model, Batch(BatchGraph(graph, n_id, x, run=note), {"x": x}))
-    return calls
+        try:
+            forward(model, Batch(BatchGraph(graph, n_id, x, run=probe), {"x": x}))
+        except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
+            raise not_an_edge_index("a function of torch_geometric.utils") from error
+    return probe.calls

@@ -10,11 +10,13 @@ from torch_geometric.data import Data
 
 from vqgnn_kernels import Rows
 
+from .conversion import stores
 from .graph import Convolution, Graph
 from .inference import call_model, evaluating, visit_inputs
 from .loader import Batch
 from .nn import StoreConv
 from .store import Neighbours
+from .survey import Hop
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,21 @@ class LayerError:
 
     relative_error: eps = |X~ - X| / |X| over all nodes; of it quantisation alone, with fresh codes (or rows) of X:
         `quantisation`. The rest is staleness.
-    messages: |M~_B - M_B|, the error of the batch's messages.
-    bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None for attention, where the
-        constant depends on how fast its scores change with X.
+    messages: |M~_B - M_B|, the error of the batch's messages; None of a conv that PyG's own code computes.
+    bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None where C depends on X
+        (attention): the constant is then a matter of how fast it changes.
     """
 
-    conv: str
+    store: str
     relative_error: float
     quantisation: float
-    messages: float
-    bound: float | None
+    messages: float | None = None
+    bound: float | None = None
 
 
 @torch.no_grad()
 def error_bound(model: nn.Module, data: Data, batch: Batch, forward=call_model) -> list[LayerError]:
-    """Measured error and bound for every conv of a converted model that reads a store; the stores are only read.
+    """Measured error and bound for every store of states of a converted model; the stores are only read.
 
     Costs an exact inference sweep over the graph, with fp32 rows of one layer at a time.
 
@@ -48,29 +50,31 @@ def error_bound(model: nn.Module, data: Data, batch: Batch, forward=call_model) 
     Raises:
         ValueError: no conv of the model reads a store (method "drop" or "full").
     """
-    names = {module: name for name, module in model.named_modules()}
-    graph, found = Graph.of(data), []
+    names = {store: name for name, store in stores(model).items()}
+    graph, found = Graph.of(data), {}
 
-    def visit(conv: StoreConv, exact: Tensor) -> None:
-        found.append(_layer_error(names[conv], conv, exact, graph, batch))
+    def visit(conv: StoreConv | Hop, exact: Tensor) -> None:
+        name = names[conv.store_use.store]
+        found[name] = _layer_error(name, conv, exact, graph, batch)
 
     with evaluating(model):
         visit_inputs(model, data, visit, forward)
     if not found:
         raise ValueError(f"model {type(model).__name__} reads no store; convert it with method='vq', 'gas' or 'lmc'")
-    return sorted(found, key=lambda error: list(names.values()).index(error.conv))
+    return [found[name] for name in names.values() if name in found]
 
 
-def _layer_error(name: str, conv: StoreConv, exact: Tensor, graph: Graph, batch: Batch) -> LayerError:
-    store, convolution = conv.store_use.store, conv.store_use.convolution
-    n_id, scale = batch.graph.n_id, exact.norm()
+def _layer_error(name: str, conv: StoreConv | Hop, exact: Tensor, graph: Graph, batch: Batch) -> LayerError:
+    store, convolution, scale = conv.store_use.store, conv.store_use.convolution, exact.norm()
+    error = (store.pull() - exact).norm() / scale
+    quantisation = (store.quantised(exact) - exact).norm() / scale
+    if isinstance(conv, Hop):
+        return LayerError(name, float(error), float(quantisation))
     csr, csr_t = batch.graph.csr(convolution)
-    source = exact[n_id]
+    source = exact[batch.graph.n_id]
     truth = conv.batch_messages(source, Neighbours(csr, Rows("fp32", exact), csr_t))[0]
     read = conv.batch_messages(source, batch.graph.neighbours(store, convolution)._replace(grad_rows=None))[0]
-    error = (store.pull() - exact).norm() / scale
     bound = float(error * scale * _norm(graph, convolution)) if conv.fixed else None
-    quantisation = (store.quantised(exact) - exact).norm() / scale
     return LayerError(name, float(error), float(quantisation), float((read - truth).norm()), bound)
 
 

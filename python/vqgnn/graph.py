@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,8 +86,15 @@ class Matrix:
         return self.rowptr_t is self.rowptr
 
 
+EDGE_TENSORS = ("edge_weight", "edge_attr", "edge_type")  # of the data, which convs ask for by these names
+
+
 def _edge_weight(data: Data) -> Tensor | None:
     return data.edge_weight if "edge_weight" in data else None
+
+
+def _edge_tensors(data: Data) -> dict[str, Tensor]:
+    return {name: data[name] for name in EDGE_TENSORS if isinstance(data.get(name), Tensor)}
 
 
 def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,20 +146,26 @@ class Graph:
                 f"data.edge_weight must be [num_edges={edge_index.size(1)}], got {list(self.edge_weight.shape)}; "
                 "give every edge one number"
             )
+        self.edge_tensors = _edge_tensors(data)
         self.x = data.x
         self._matrices: dict[Convolution, Matrix] = {}
+        self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
         self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
+        self.recorded: list = []  # what convs made of the graph's edges (generic.Recorded), for others to share
 
     @classmethod
     def of(cls, data: Data) -> Graph:
         """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
         graph = cls._known.get(data)
-        now = (data.edge_index, data.x, _edge_weight(data))
-        known = (None,) * 3 if graph is None else (graph.edge_index, graph.x, graph.edge_weight)
-        if any(old is not new for old, new in zip(known, now, strict=True)):
+        edges = _edge_tensors(data)
+        now = (data.edge_index, data.x, *map(edges.get, EDGE_TENSORS))
+        known = None
+        if graph is not None:
+            known = (graph.edge_index, graph.x, *map(graph.edge_tensors.get, EDGE_TENSORS))
+        if known is None or any(old is not new for old, new in zip(known, now, strict=True)):
             graph = cls._known[data] = cls(data)
         return graph
 
@@ -162,6 +176,14 @@ class Graph:
             else:
                 self._matrices[convolution] = Matrix.build(*convolution.edges(self), self.num_nodes)
         return self._matrices[convolution]
+
+    def order(self, convolution: Convolution, transposed: bool = False) -> Tensor:
+        """[e] the number in `convolution.edges` of each edge in its matrix's rows, or in the transposed one's."""
+        if (convolution, transposed) not in self._orders:
+            source, target = convolution.edges(self)[0]
+            ends = (source, target) if transposed else (target, source)
+            self._orders[convolution, transposed] = _compress(*ends, self.num_nodes)[2]
+        return self._orders[convolution, transposed]
 
     def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
         """Rows start..stop of C with columns that index a table of all nodes directly."""
@@ -200,6 +222,39 @@ class Graph:
         return Rows("fp32", self.x.float().contiguous(), None, None)
 
 
+class BatchEdges(NamedTuple):
+    """Edges between a few nodes of a graph as PyG writes them.
+
+    edge_index [2, e]: source and target as positions among the nodes, those that get messages first. others [o]: ids of
+    the nodes behind them. ids [e]: the edges' numbers in `convolution.edges`, where their values are asked for.
+    """
+
+    edge_index: Tensor
+    others: Tensor
+    ids: Tensor | None
+
+    def among(self, own: int) -> BatchEdges:
+        """Only the edges whose source is one of the first `own` nodes too."""
+        if self.others.numel() == 0:
+            return self
+        inside = self.edge_index[0] < own
+        ids = None if self.ids is None else self.ids[inside]
+        return BatchEdges(self.edge_index[:, inside], self.others[:0], ids)
+
+
+class EdgeIndexError(AttributeError, ValueError):
+    """A model treats a batch's graph as an edge_index; also an AttributeError, so that hasattr answers no."""
+
+
+def not_an_edge_index(used: str) -> EdgeIndexError:
+    return EdgeIndexError(
+        f"the model's forward uses {used} of its edge_index, but a mini-batch brings a BatchGraph, which convs alone "
+        "read; move what it does to edges into a transform of the data, once and before vqgnn.convert: "
+        "data = torch_geometric.transforms.AddSelfLoops()(data), ToUndirected, RemoveDuplicatedEdges, GCNNorm, ...; "
+        "in place of edges dropped at random (dropout_edge), drop features"
+    )
+
+
 @dataclass(eq=False)
 class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
@@ -213,7 +268,7 @@ class BatchGraph:
     x: Tensor
     run: object | None = None
     started: bool = False  # see `start`
-    _made: dict[tuple[str, Convolution], Any] = field(default_factory=dict, repr=False)
+    _made: dict[tuple, Any] = field(default_factory=dict, repr=False)
     _started: dict[NodeStore, dict[str, Ticket]] = field(default_factory=dict, repr=False)
 
     def prepare(self) -> BatchGraph:
@@ -310,6 +365,76 @@ class BatchGraph:
     def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
         csr, csr_t = self.csr(convolution)
         return Neighbours(csr, self.graph.features, csr_t)
+
+    def edges(self, convolution: Convolution, valued: bool = False) -> BatchEdges:
+        """The edges into the batch, `others` being its halo; with valued, their ids too."""
+        key = ("edges", convolution, valued)
+        if key not in self._made:
+            csr = self.csr(convolution)[0]
+            edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
+            order = self.graph.order(convolution) if valued else None
+            self._made[key] = BatchEdges(edges[:2], csr.halo, None if order is None else order[edges[2]])
+        return self._made[key]
+
+    def valued_edges(self, convolution: Convolution) -> BatchEdges:
+        return self.edges(convolution, valued=True)
+
+    def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
+        """The out-of-batch nodes [d] that the batch sends to, and the edges into them.
+
+        From the batch alone, which then stands behind them as `others`, or with all_sources from every node.
+        """
+        key = ("edges_out", convolution, all_sources, valued)
+        if key not in self._made:
+            matrix, csr = self.graph.matrix(convolution), self.csr(convolution)[1]
+            targets = csr.halo
+            if all_sources:
+                rowptr, col, others = kernels.csr_slice(matrix.rowptr, matrix.col, targets)
+                edges = self._edge_index(matrix.rowptr, targets, rowptr, col)
+            else:
+                others, b = self.n_id, self.n_id.numel()
+                edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
+                target, source, place = edges[:, edges[0] >= b]
+                edges = torch.stack([source + targets.numel(), target - b, place])
+            order = self.graph.order(convolution, transposed=not all_sources) if valued else None
+            edges = BatchEdges(edges[:2], others, None if order is None else order[edges[2]])
+            self._made[key] = targets, edges
+        return self._made[key]
+
+    def _edge_index(self, rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, col_b: Tensor) -> Tensor:
+        """[3, e] column, row and place in the graph's matrix of the edges of `nodes`, cut out as rowptr_b and col_b."""
+        count, e = rowptr_b.diff(), col_b.numel()
+        row = torch.arange(count.numel(), device=col_b.device).repeat_interleave(count, output_size=e)
+        place = (rowptr[nodes] - rowptr_b[:-1])[row] + torch.arange(e, device=col_b.device)
+        return torch.stack([col_b.long(), row, place])
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[n] where each node stands in the batch, -1 outside it."""
+        position = torch.full((self.graph.num_nodes,), -1, device=self.n_id.device)
+        position[self.n_id] = torch.arange(self.n_id.numel(), device=self.n_id.device)
+        return position
+
+    def __getattr__(self, name: str):
+        if not name.startswith("__") and hasattr(Tensor, name):
+            raise not_an_edge_index(f".{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, index):
+        raise not_an_edge_index("[...]")
+
+    def __len__(self):
+        raise not_an_edge_index("the length")
+
+    def __bool__(self):  # not by its length
+        return True
+
+    def __iter__(self):
+        raise not_an_edge_index("the rows (row, col = edge_index)")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise not_an_edge_index(f"torch.{getattr(function, '__name__', function)}(...)")
 
 
 class MovedBatch(BatchGraph):

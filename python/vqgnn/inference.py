@@ -180,7 +180,7 @@ class _Sweep:
             self.outputs.append(None)
             self.recorded = None
             self.last = len(self.outputs) == num_convs
-            if self.last and self.on_inputs is not None:
+            if self.last and self.on_inputs is not None and (self.inputs is not None or num_convs > 1):
                 return None  # every conv's inputs are known
             for start, stop in tqdm(ranges, disable=not self.progress, desc=f"pass {len(self.outputs)}", leave=False):
                 self.range, self.call = (start, stop), 0
@@ -201,7 +201,8 @@ class _Sweep:
                 self._close_inputs()
         return result
 
-    def __call__(self, conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+    def __call__(self, conv: StoreConv, x: Tensor, batch: BatchGraph, output=None) -> Tensor:
+        """What a conv returns for x. `output(table of all nodes' inputs, x)` computes it where PyG's code does."""
         start, stop = self.range
         index, self.call = self.call, self.call + 1
         if index < len(self.outputs) - 1:
@@ -213,14 +214,10 @@ class _Sweep:
         source = conv.message_input(x)
         if index >= len(self.outputs) or (source is not batch.x and self.inputs is None):
             return self._record(conv, source)
-        convolution = conv.store_use.convolution
-        if source is batch.x:
-            messages = self._input_messages(conv, batch)
-        elif self.quantise or not conv.fixed:
-            messages = conv.batch_messages(source, batch.read(self.inputs, convolution))[0]
+        if output is not None:
+            out = output(self.graph.features if source is batch.x else self.inputs, x)
         else:
-            messages = self.graph.propagate(convolution, self.inputs, start, stop, source.size(1)).to(x)
-        out = conv.combine(x, messages)
+            out = conv.combine(x, self._messages(conv, source, batch))
         if len(self.widths) == index:
             self.widths.append(out.size(1))
             if not (self.chain or self.last):
@@ -245,11 +242,13 @@ class _Sweep:
             found = torch.autograd.grad(value.sum(), outputs[:-1], retain_graph=True, allow_unused=True)
             return any(gradient is not None for gradient in found)
 
-        def note(conv: StoreConv, x: Tensor, batch: BatchGraph) -> Tensor:
+        def note(conv: StoreConv, x: Tensor, batch: BatchGraph, output=None) -> Tensor:
             nonlocal chain
             source = conv.message_input(x)
-            chain &= source is x and not (outputs and depends_on_earlier(x))
-            out = conv.combine(x.detach(), torch.zeros_like(source)).detach().requires_grad_()
+            chain &= conv.chains and source is x and not (outputs and depends_on_earlier(x))
+            x = x.detach()
+            out = conv.combine(x, torch.zeros_like(source)) if output is None else output(None, x)
+            out = out.detach().requires_grad_()
             outputs.append(out)
             return out * 1  # not the leaf itself: models may work in place
 
@@ -260,11 +259,15 @@ class _Sweep:
             chain &= not depends_on_earlier(out)
         return len(outputs), chain
 
-    def _input_messages(self, conv: StoreConv, batch: BatchGraph) -> Tensor:
-        use = conv.store_use
-        if use.input == "precompute":
-            return self.graph.product(use.convolution)[slice(*self.range)].to(batch.x)
-        return self.graph.propagate(use.convolution, self.graph.features, *self.range, batch.x.size(1)).to(batch.x)
+    def _messages(self, conv: StoreConv, source: Tensor, batch: BatchGraph) -> Tensor:
+        use, dim = conv.store_use, source.size(1)
+        if source is batch.x:
+            if use.input == "precompute":
+                return self.graph.product(use.convolution)[slice(*self.range)].to(source)
+            return self.graph.propagate(use.convolution, self.graph.features, *self.range, dim).to(source)
+        if self.quantise or not conv.fixed:
+            return conv.batch_messages(source, batch.read(self.inputs, use.convolution))[0]
+        return self.graph.propagate(use.convolution, self.inputs, *self.range, dim).to(source)
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:
         """Keep what the next conv is given for these nodes and leave the model, until all nodes are known."""

@@ -39,6 +39,14 @@ class StoreUse:
     whole: bool = False
     reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        """What a conv reads of nodes outside a batch."""
+        if self.input is not None:
+            return {"precompute": "C x, computed once", "rows": "features"}[self.input]
+        if self.store is None:
+            return "none: batches are the graph" if self.whole else "none: dropped"
+        return f"{self.store.codec}, with gradients" if self.store.grad else str(self.store.codec)
+
 
 class StoreConv:
     """Mix-in: a PyG conv that can read a node-state store."""
@@ -46,6 +54,7 @@ class StoreConv:
     store_use: StoreUse | None = None
     fixed = True  # whether messages are C X with a matrix C known beforehand
     input_slices = "exact_neighbours"  # the method of BatchGraph that `input_messages` calls
+    chains = True  # whether x and a batch's graph are all that it takes
     softmax_heads = 0  # of which a store of gradients must keep the softmax
 
     def forward(self, x, edge_index, *args, **kwargs):
@@ -93,11 +102,7 @@ class StoreConv:
             _start(graph, use)
         if use.input == "precompute" and x is graph.x:
             return graph.input_messages(use.convolution)
-        if use.whole and not graph.whole:
-            raise ValueError(
-                f"method='full' got a batch of {graph.n_id.numel()} of {graph.graph.num_nodes} nodes; give BatchLoader "
-                "batch_size=data.num_nodes, or convert with another method"
-            )
+        require_whole(use, graph)
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
             graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
@@ -131,10 +136,19 @@ class StoreConv:
 
         messages.register_hook(push)
 
+    def reads(self) -> str:
+        """Where the rows of out-of-batch nodes come from."""
+        return str(self.store_use)
+
+    def stores(self) -> dict[str, NodeStore]:
+        """By what stands behind the conv's name."""
+        found = {"": None if self.store_use is None else self.store_use.store}
+        return {name: store for name, store in found.items() if store is not None}
+
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
-        if self.store_use is not None and self.store_use.store is not None:
-            self.store_use.store._apply(fn, *args, **kwargs)
+        for store in self.stores().values():
+            store._apply(fn, *args, **kwargs)
         return self
 
 
@@ -153,9 +167,21 @@ def _entries(csr: CSR, rows: Rows) -> Tensor:
     return torch.arange(len(rows.data), device=rows.data.device) if csr.halo is None else csr.halo
 
 
+def require_whole(use: StoreUse, graph: BatchGraph) -> None:
+    if use.whole and not graph.whole:
+        raise ValueError(
+            f"method='full' got a batch of {graph.n_id.numel()} of {graph.graph.num_nodes} nodes; give BatchLoader "
+            "batch_size=data.num_nodes, or convert with another method"
+        )
+
+
 def _require(conv, allowed: bool, option: str, came, what: str) -> None:
     if not allowed:
-        raise ValueError(f"{type(conv).__name__}({option}={came!r}) cannot read a node-state store; use {what}")
+        name = type(conv).__name__
+        raise ValueError(
+            f"{name}({option}={came!r}) cannot read a node-state store; use {what}, or torch_geometric.nn.{name}, of "
+            "which PyG's own code then runs"
+        )
 
 
 class GCNConv(StoreConv, pyg.GCNConv):

@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 from vqgnn_kernels import Rows
 
 from .disk_graph import MappedData
+from .generic import GenericConv
 from .graph import BatchGraph, Graph
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
@@ -59,6 +60,12 @@ def new_nodes(
     if "edge_weight" in data:
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
     convs = [module for module in model.modules() if isinstance(module, StoreConv)]
+    generic = sorted({type(conv).__name__ for conv in convs if isinstance(conv, GenericConv)})
+    if generic:
+        raise ValueError(
+            f"the model has {', '.join(generic)}, which PyG's code computes, on edges of the known graph; add the new "
+            "nodes to the graph and use inference.layerwise"
+        )
     if any(conv.store_use is None or (conv.store_use.store is None and conv.store_use.input is None) for conv in convs):
         raise ValueError(
             "the model keeps no states of the known nodes; convert (train) it with method vq, gas or lmc, or add the "

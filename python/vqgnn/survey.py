@@ -1,0 +1,295 @@
+"""What a conv does with its arguments and with the edges, found by running PyG's code on a few nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .graph import BatchEdges, Convolution, Graph
+from .nn import StoreUse
+from .pyg_code import (
+    Given,
+    Listen,
+    first_messages,
+    flat,
+    flatten,
+    flow,
+    has_rows,
+    node_arguments,
+    run,
+    source_rows,
+    tensors,
+    uncached,
+)
+from .store import NodeStore
+
+if TYPE_CHECKING:
+    from .generic import GenericConv
+
+_GIVEN_EDGES = Convolution("sum")  # the graph's edges as they are
+
+
+@dataclass(eq=False)
+class Recorded:
+    """Edges [2, e] (source, target) that a conv makes of the graph's, and the values that it gives each call for them.
+
+    It stands where a `Convolution` stands: the key of a graph's matrix.
+    """
+
+    edge_index: Tensor
+    values: list[dict[str, Tensor]]
+
+    def edges(self, graph: Graph) -> tuple[Tensor, None]:
+        return self.edge_index, None
+
+    def tensors(self) -> list[Tensor]:
+        return [self.edge_index, *(value for call in self.values for value in call.values())]
+
+    def equals(self, other: Recorded) -> bool:
+        if [list(call) for call in self.values] != [list(call) for call in other.values]:
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self.tensors(), other.tensors(), strict=True))
+
+    def __deepcopy__(self, memo: dict) -> Recorded:
+        return self  # never written, and the graph knows it by identity
+
+
+@dataclass(eq=False)
+class Hop:
+    """A `propagate` of a conv: what it reads and keeps of nodes outside the batch. Like a conv it has a `store_use`.
+
+    dim: channels of a node's state. out_shape: of what propagate returns for a node. grads: the gradients of that.
+    chains: whether a conv is this hop alone and takes nothing but its x.
+    """
+
+    dim: int
+    out_shape: tuple[int, ...]
+    chains: bool
+    store_use: StoreUse | None = None
+    grads: NodeStore | None = None
+    fixed: ClassVar[bool] = False
+
+    @property
+    def out_dim(self) -> int:
+        return torch.Size(self.out_shape).numel()
+
+    def message_input(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(eq=False)
+class Survey:
+    """What a conv does with its arguments, found by running it on a few nodes.
+
+    rows: names of the arguments with a row a node, and of these told: the ones that reach neighbours. records: whether
+    edges and their values come from one run on the whole graph. edge_values: by call, the names of propagate's (or
+    edge_updater's) arguments with a row an edge. additive: whether messages are summed. edges: which edges messages
+    follow, and valued: whether these have values.
+    """
+
+    rows: list[str]
+    told: list[str]
+    records: bool
+    edge_values: list[list[str]]
+    additive: bool
+    hops: list[Hop]
+    edges: Convolution | Recorded | None = None
+    valued: bool = False
+
+
+class Call(NamedTuple):
+    propagates: bool  # else it was edge_updater
+    edge_index: Tensor
+    arguments: dict
+    edge_values: list[str]  # the names of arguments with a row an edge
+    out: Tensor
+
+
+class Record:
+    """Notes every call's edges and arguments. Nothing is sent, so that a run costs no more than its rows."""
+
+    def __init__(self, edge_values: list[list[str]] | None = None):
+        self.edge_values = edge_values
+        self.calls: list[Call] = []
+
+    def edge_updater(self, conv: GenericConv, edge_index: Tensor, arguments: dict) -> Tensor:
+        return self._note(conv, False, edge_index, arguments)
+
+    def propagate(self, conv: GenericConv, edge_index: Tensor, arguments: dict) -> Tensor:
+        return self._note(conv, True, edge_index, arguments)
+
+    def _note(self, conv: GenericConv, propagates: bool, edge_index: Tensor, arguments: dict) -> Tensor:
+        if self.edge_values is not None:
+            values = self.edge_values[len(self.calls)]
+        else:  # a survey's few nodes have another number than its edges, so a row an edge is no row a node
+            nodes = node_arguments(conv, propagates)
+            values = [k for k, v in arguments.items() if k not in nodes and has_rows(v, edge_index.size(1))]
+        none = {k: v[:0] if k in values else v for k, v in arguments.items()}
+        call = conv.pyg_class.propagate if propagates else conv.pyg_class.edge_updater
+        out = call(conv, edge_index[:, :0], **none)
+        self.calls.append(Call(propagates, edge_index, arguments, values, out))
+        return out
+
+    def values(self) -> list[dict[str, Tensor]]:
+        """By call, what it was given for every edge."""
+        return [{key: call.arguments[key] for key in call.edge_values} for call in self.calls]
+
+    def agrees(self, other: Record, edges: slice = slice(None)) -> bool:
+        """Whether the other run gave the same for these edges."""
+        pairs = zip(self.values(), other.values(), strict=True)
+        return all(torch.equal(mine[key][edges], its[key]) for mine, its in pairs for key in mine)
+
+
+@torch.enable_grad()
+def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
+    """Set `survey` from a run on a few nodes.
+
+    Returns the output for them, without messages, and whether neighbours are told the features themselves.
+    """
+    name, n = type(conv).__name__, given.graph.n_id.numel()
+    names = [k for k, v in given.bound.arguments.items() if has_rows(v, n) and v.is_floating_point()]
+    ends = torch.arange(n, device=given.graph.n_id.device)
+    pairs = torch.stack([ends.repeat_interleave(n), ends.repeat(n)])
+    edge_index = pairs[:, pairs[0] != pairs[1]].repeat(1, 2)  # all twice: never as many as nodes
+    values = {k: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point())
+              for k, v in given.edge_tensors.items()}  # fmt: skip
+    given = replace(given, edge_tensors=values)
+    rows = {k: v.detach().clone().requires_grad_() for k, v in given.rows(names).items()}
+    with uncached(conv):
+        told = _told(conv, given, rows, edge_index)
+        record = Record()
+        out = run(conv, record, given, rows, edge_index, slice(None))
+        hops = _hops(conv, record, rows, told, n)
+        edge_values = [call.edge_values for call in record.calls]
+        records = any(call.edge_index is not edge_index for call in record.calls)
+        if not records and any(edge_values):  # do the other edges decide an edge's value, or will later hops need it?
+            half = Record(edge_values)
+            run(conv, half, given, rows, edge_index[:, ::2], slice(None, None, 2))
+            records = len(hops) > 1 or not record.agrees(half, slice(None, None, 2))
+        _check_values(conv, record, rows, records)
+        if records:
+            _check_dropout(conv, record, given, rows, edge_index)
+        conv.survey = Survey(names, told, records, edge_values, False, hops)
+        conv.survey.additive = _additive(conv, given, record)
+    if not has_rows(out, n):
+        raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
+    return out.detach(), source_rows(conv, given) is given.graph.x
+
+
+def _told(conv: GenericConv, given: Given, rows: dict[str, Tensor], edge_index: Tensor) -> list[str]:
+    """Which of the arguments `rows` reach neighbours."""
+    heard = run(conv, Listen(), given, rows, edge_index, slice(None))
+    if not isinstance(heard, list):
+        raise ValueError(f"{type(conv).__name__} does not call propagate, so that it cannot read a node-state store")
+    reached = []
+    for k, arguments in enumerate(heard):
+        reached += tensors(arguments[name] for name in node_arguments(conv, k == len(heard) - 1))
+    sums = [t.float().sum() for t in reached if t.requires_grad]
+    if not sums:
+        raise ValueError(f"{type(conv).__name__} tells neighbours nothing of its x; it can run without a batch graph")
+    gradients = torch.autograd.grad(sum(sums), list(rows.values()), allow_unused=True)
+    return [name for name, g in zip(rows, gradients, strict=True) if g is not None]
+
+
+def _hops(conv: GenericConv, record: Record, rows: dict[str, Tensor], told: list[str], n: int) -> list[Hop]:
+    name = type(conv).__name__
+    sent = [call for call in record.calls if call.propagates]
+    if len(sent) > 1 and len(sent) < len(record.calls):
+        raise ValueError(
+            f"{name} calls edge_updater and propagates {len(sent)} times; give each time a conv of its own"
+        )
+    hops = []
+    for call in sent:
+        nodes = node_arguments(conv, True)
+        dim = sum(rows[k][0].numel() for k in told)
+        if hops:
+            dim = flatten(conv, {k: call.arguments[k] for k in nodes})[0].size(1)
+            raw = [k for k, v in call.arguments.items()
+                   if k not in nodes and k not in call.edge_values and has_rows(v, n)]  # fmt: skip
+            if raw:
+                raise ValueError(f"{name} gives its later propagates {raw[0]}, which no message reads; use it outside")
+        out_shape = tuple(call.out.movedim(conv.node_dim, 0).shape[1:])
+        hops.append(Hop(dim, out_shape, chains=len(sent) == 1 and len(rows) == 1))
+    return hops
+
+
+def _check_values(conv: GenericConv, record: Record, rows: dict[str, Tensor], records: bool) -> None:
+    for values in record.values():
+        for key, value in values.items():
+            if not value.requires_grad:
+                continue
+            from_rows = torch.autograd.grad(value.sum(), list(rows.values()), retain_graph=True, allow_unused=True)
+            if records or any(g is not None for g in from_rows):
+                raise ValueError(
+                    f"{type(conv).__name__} computes {key} of every edge from weights or node rows before it calls "
+                    "propagate; compute it in message() or edge_update()"
+                )
+
+
+def _check_dropout(
+    conv: GenericConv, record: Record, given: Given, rows: dict[str, Tensor], edge_index: Tensor
+) -> None:
+    again = Record([call.edge_values for call in record.calls])
+    conv.training = True  # alone: modules inside stay as they are, and keep their statistics
+    try:
+        with torch.random.fork_rng():
+            run(conv, again, given, rows, edge_index, slice(None))
+    finally:
+        conv.training = False
+    if not record.agrees(again):
+        raise ValueError(
+            f"{type(conv).__name__} drops out values of edges before propagate; here they come from "
+            "the whole graph, once: set its dropout to 0"
+        )
+
+
+@torch.no_grad()
+def _additive(conv: GenericConv, given: Given, record: Record) -> bool:
+    """Whether the messages of two halves of the edges add up to those of all."""
+    survey, edge_index = conv.survey, flow(conv, record.calls[0].edge_index)
+    survey.edges = Recorded(edge_index, record.values())
+    ids = torch.arange(edge_index.size(1), device=edge_index.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source = torch.randn(given.graph.n_id.numel(), survey.hops[0].dim).to(source_rows(conv, given))
+
+    def messages(ids: Tensor) -> Tensor:
+        edges = BatchEdges(edge_index[:, ids], ids[:0], ids)
+        return flat(conv, first_messages(conv, given, source, None, edges)).float()
+
+    whole = messages(ids)
+    rest = whole - messages(ids[::2]) - messages(ids[1::2]) + messages(ids[:0])
+    return bool(rest.abs().max() <= 1e-4 * whole.abs().max())
+
+
+def settle(conv: GenericConv, given: Given) -> None:
+    """Fix which edges messages follow: for edges of the conv's own, by running it on the whole graph once."""
+    graph, survey, name = given.graph.graph, conv.survey, type(conv).__name__
+    survey.edges = _GIVEN_EDGES
+    if survey.records or conv.flow != "source_to_target":
+        if graph.edge_index is None:
+            raise ValueError(f"{name} makes edges of its own, for which it needs data.edge_index in memory")
+        recorded = Recorded(flow(conv, graph.edge_index), [])
+        if survey.records:
+            recorded = _record(conv, given)
+        survey.edges = next((known for known in graph.recorded if known.equals(recorded)), recorded)
+        if survey.edges is recorded:
+            graph.recorded.append(recorded)
+    survey.valued = bool(given.edge_tensors) or (survey.records and any(survey.edges.values))
+
+
+@torch.no_grad()
+def _record(conv: GenericConv, given: Given) -> Recorded:
+    graph = given.graph.graph
+    rows = {k: v.new_zeros(1, *v.shape[1:]).expand(graph.num_nodes, *v.shape[1:])
+            for k, v in given.rows(conv.survey.rows).items()}  # fmt: skip
+    record = Record(conv.survey.edge_values)
+    with uncached(conv):
+        run(conv, record, given, rows, graph.edge_index, slice(None))
+    edge_index = record.calls[0].edge_index
+    if not all(torch.equal(call.edge_index, edge_index) for call in record.calls[1:]):
+        raise ValueError(f"{type(conv).__name__} propagates over several sets of edges; give each a conv of its own")
+    return Recorded(flow(conv, edge_index), record.values())

@@ -1,0 +1,380 @@
+"""PyG's own code on mini-batches: what `conv_table` holds for every conv, and what is particular to some."""
+
+import copy
+import io
+
+import conv_table
+import pytest
+import torch
+import torch_geometric.nn as pyg
+from graphs import awkward_graph
+from torch import nn
+from torch_geometric.data import Data
+from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import add_self_loops, dropout_edge
+
+import vqgnn
+from vqgnn.inference import layerwise
+
+# `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
+# checks to one conv of each kind: an attention, several hops, a sum.
+SLOW = {"compile": ("GATv2Conv", "ARMAConv"), "vq gradient": ("GATv2Conv", "ARMAConv", "GraphConv")}
+FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv")
+CELLS = [
+    (conv, check)
+    for conv in conv_table.CONVS
+    for check in conv_table.CHECKS
+    if conv not in FUSED and conv in SLOW.get(check, [conv])
+]
+
+
+@pytest.mark.parametrize(("conv", "check"), CELLS)
+def test_cell_of_the_table(conv, check):
+    assert conv_table.cell(conv, check)
+
+
+def test_the_table_is_markdown_and_shows_what_fails(monkeypatch, tmp_path):
+    def fails(model, data):
+        raise AssertionError("as it must")
+
+    monkeypatch.setattr(conv_table, "CHECKS", {"gas": conv_table.gas, "broken": fails})
+    (tmp_path / "convs.md").write_text(conv_table.table(["GCNConv", "GraphConv"]))
+    assert (tmp_path / "convs.md").read_text().splitlines() == [
+        "| conv | path | gas | broken |",
+        "| --- | --- | --- | --- |",
+        "| GCNConv | fused | exact | **AssertionError** |",
+        "| GraphConv | generic | exact | **AssertionError** |",
+    ]
+
+
+@pytest.fixture
+def data():
+    return awkward_graph()
+
+
+def batches(data, size=13):
+    return vqgnn.BatchLoader(data, batch_size=size, seed=1, prefetch=0)
+
+
+def assert_outputs(model, data, expected, forward=lambda model, batch: model(batch.x, batch.graph)):
+    for batch in batches(data):
+        torch.testing.assert_close(forward(model, batch), expected[batch.n_id], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layerwise(model, data, 13, forward=forward), expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- edges and their values ------------------------------------------------------------------------------------------
+
+
+class ByEdge(nn.Module):
+    """Two convs that take `name` of the edges, and a linear layer."""
+
+    def __init__(self, build, name):
+        super().__init__()
+        self.first, self.lin, self.last, self.name = build(), nn.Linear(6, 6), build(), name
+
+    def forward(self, x, edge_index, value=None):
+        x = self.lin(self.first(x, edge_index, **{self.name: value}))
+        return self.last(x.tanh(), edge_index, **{self.name: value})
+
+
+EDGE_CONVS = {
+    "GATConv": (lambda: pyg.GATConv(6, 6, edge_dim=3), "edge_attr"),  # self loops get the mean of a node's edges
+    "GATv2Conv": (lambda: pyg.GATv2Conv(6, 6, edge_dim=3), "edge_attr"),
+    "TransformerConv": (lambda: pyg.TransformerConv(6, 6, edge_dim=3), "edge_attr"),
+    "PNAConv": (lambda: pyg.PNAConv(6, 6, ["mean"], ["identity"], conv_table._DEGREES, edge_dim=3), "edge_attr"),
+    "GENConv": (lambda: pyg.GENConv(6, 6, edge_dim=3, norm="layer"), "edge_attr"),  # weights them before propagate
+    "GraphConv": (lambda: pyg.GraphConv(6, 6), "edge_weight"),
+    "GCNConv(max)": (lambda: pyg.GCNConv(6, 6, aggr="max"), "edge_weight"),
+    "LGConv": (lambda: pyg.LGConv(), "edge_weight"),  # normalises them, and leaves edge_index as it is
+    "ChebConv": (lambda: pyg.ChebConv(6, 6, 3), "edge_weight"),
+    "FastRGCNConv": (lambda: pyg.FastRGCNConv(6, 6, 2), "edge_type"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "flow"),
+    [
+        *((name, "source_to_target") for name in EDGE_CONVS),
+        *((name, "target_to_source") for name in ("GATv2Conv", "GCNConv(max)", "GraphConv")),
+    ],
+)
+def test_edge_values_come_from_the_data(name, flow):
+    data = awkward_graph(weighted=True)
+    build, key = EDGE_CONVS[name]
+    data["edge_attr"], data["edge_type"] = torch.randn(data.num_edges, 3), torch.randint(2, (data.num_edges,))
+    for other in {"edge_attr", "edge_type", "edge_weight"} - {key}:
+        del data[other]
+    model = ByEdge(build, key)
+    model.first.flow = model.last.flow = flow
+    truth = copy.deepcopy(model)
+    expected = truth(data.x, data.edge_index, data[key])
+    expected.square().sum().backward()
+    vqgnn.convert(model, data, method="lmc", grad=True)
+    assert_outputs(model, data, expected.detach())
+    for _ in range(4):
+        model.zero_grad()
+        for batch in batches(data):
+            model(batch.x, batch.graph).square().sum().backward()
+    for (which, mine), its in zip(model.named_parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-3, msg=lambda text, w=which: f"{w}: {text}")
+
+
+def test_edge_values_beside_a_batch_graph_are_refused():
+    data = awkward_graph(weighted=True)
+    conv = vqgnn.convert(pyg.GraphConv(6, 3), data, method="drop")
+    batch = next(iter(batches(data)))
+    with pytest.raises(ValueError, match=r"got edge_weight beside a batch graph.*set data\.edge_weight"):
+        conv(batch.x, batch.graph, torch.ones(3))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_dropped_messages_leave_the_whole_graphs_normalisation(cached, data):
+    conv = pyg.APPNP(K=2, alpha=0.0, cached=cached)
+    dense = conv(torch.eye(40), data.edge_index)  # the square of the normalised adjacency
+    one = pyg.APPNP(K=1, alpha=0.0)(torch.eye(40), data.edge_index)
+    conv = pyg.APPNP(K=2, alpha=0.0, cached=cached)
+    vqgnn.convert(conv, data, method="drop")
+    batch = next(iter(batches(data)))
+    mine = one[batch.n_id] @ data.x  # the first propagate reads the halo's features, the second drops the halo
+    torch.testing.assert_close(conv(batch.x, batch.graph), one[batch.n_id][:, batch.n_id] @ mine)
+    torch.testing.assert_close(conv(data.x, data.edge_index), dense @ data.x)
+
+
+# ---- arguments and stores --------------------------------------------------------------------------------------------
+
+
+def test_every_argument_that_neighbours_are_told_is_kept(data):
+    data.pos = torch.randn(40, 3)
+    conv = pyg.PointTransformerConv(6, 6)
+    expected = conv(data.x, data.pos, data.edge_index).detach()
+
+    def forward(model, batch):
+        n_id = batch.graph.n_id
+        return model(batch.x, data.pos[n_id], batch.graph)
+
+    vqgnn.convert(conv, data, method="gas", forward=forward)
+    assert conv.survey.told == ["x", "pos"] and vqgnn.stores(conv)[""].dim == 9
+    assert_outputs(conv, data, expected, forward)
+
+
+def test_a_64_layer_gcnii_keeps_its_halo_at_one_hop():
+    """However deep, a batch reads the states of its neighbours alone, and trains."""
+    n = 60
+    ring = torch.stack([torch.arange(n), (torch.arange(n) + 1) % n])
+    data = Data(x=torch.randn(n, 6), edge_index=torch.cat([ring, ring.flip(0)], 1), y=torch.randint(3, (n,)))
+    model = conv_table.GCNII(layers=64)
+    expected = model(data.x, data.edge_index).detach()
+    vqgnn.convert(model, data, method="gas")
+    convs = list(model.convs)
+    assert len(vqgnn.stores(model)) == 64 and len({id(conv.survey.edges) for conv in convs}) == 1
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=10, shuffle=False, prefetch=0)))
+    out = model(batch.x, batch.graph)
+    torch.testing.assert_close(out, expected[batch.n_id], atol=1e-4, rtol=1e-4)
+    assert batch.graph.edges(convs[0].survey.edges).others.tolist() == [59, 10]
+    conv_table._loss(out, batch.y).backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for conv in convs for p in conv.parameters())
+
+
+def test_a_halo_node_has_no_gradient_until_it_is_known(data):
+    model = conv_table.CONVS["GraphConv"]()
+    vqgnn.convert(model, data, method="lmc")
+    other = vqgnn.convert(copy.deepcopy(model), data, method="gas")
+    batch = next(iter(batches(data)))
+    for m in (model, other):
+        conv_table._loss(m(batch.x, batch.graph), batch.y).backward()
+    torch.testing.assert_close(conv_table._gradient(model), conv_table._gradient(other))
+
+
+def test_only_training_writes_the_stores(data):
+    model = conv_table.CONVS["ARMAConv"]()
+    vqgnn.convert(model, data, method="lmc", fill=False)
+    stores = vqgnn.stores(model)
+    assert list(stores) == [
+        "convs.0.hop1", "convs.0.hop1.grad",
+        *(f"convs.{k}{more}" for k in (1, 2) for more in ("", ".grad", ".hop1", ".hop1.grad")),
+    ]  # fmt: skip
+    batch = next(iter(batches(data)))
+    model.eval()
+    conv_table._loss(model(batch.x, batch.graph), batch.y).backward()
+    assert all(int(store.step) == 0 for store in stores.values())
+    model.train()
+    conv_table._loss(model(batch.x, batch.graph), batch.y).backward()
+    assert all(int(store.step) == 1 for store in stores.values())
+
+
+@pytest.mark.parametrize("copies", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("conv", ["GATv2Conv", "ARMAConv"])
+def test_copies_have_stores_of_their_own(conv, copies, data):
+    model = vqgnn.convert(conv_table.CONVS[conv](), data, method="lmc", grad=True)
+    if copies == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    before = [int(store.step) for store in vqgnn.stores(model).values()]
+    for batch in batches(data):
+        outs = [m(batch.x, batch.graph) for m in (other, model.eval())]
+        torch.testing.assert_close(*outs)
+        conv_table._loss(outs[0], batch.y).backward()
+    assert [int(store.step) for store in vqgnn.stores(model).values()] == before
+    assert all(int(store.step) > step for store, step in zip(vqgnn.stores(other).values(), before, strict=True))
+
+
+@pytest.mark.parametrize("conv", ["EGConv", "ChebConv", "own, edge MLP"])
+def test_state_dicts_go_both_ways(conv, data):
+    build = conv_table.CONVS[conv]
+    theirs, ours = build(), vqgnn.convert(build(), data)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(layerwise(ours, data), theirs.eval()(data.x, data.edge_index).detach())
+    back = build()
+    back.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(back(data.x, data.edge_index), theirs(data.x, data.edge_index))
+
+
+def test_hooks_see_one_call(data):
+    conv = pyg.GATv2Conv(6, 3)
+    seen = []
+    conv.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    vqgnn.convert(conv, data)
+    seen.clear()
+    batch = next(iter(batches(data)))
+    conv(batch.x, batch.graph)
+    assert seen == [len(batch.n_id)]
+
+
+class Encoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.conv = nn.Linear(6, 4), pyg.GCNConv(4, 3)
+
+    def forward(self, x, edge_index):
+        return self.conv(self.lin(x), edge_index)
+
+
+def test_one_conv_behind_an_encoder_is_filled(data):
+    model = Encoded()
+    expected = model(data.x, data.edge_index).detach()
+    assert_outputs(vqgnn.convert(model, data, method="gas"), data, expected)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_paths_tell_what_every_conv_does(data, capsys):
+    model = nn.ModuleDict(
+        {"a": pyg.GCNConv(6, 8), "b": pyg.GATv2Conv(8, 8), "c": pyg.GraphConv(8, 8), "d": pyg.APPNP(3, 0.1)}
+    )
+
+    def forward(model, batch):
+        x = batch.x
+        for conv in model.values():
+            x = conv(x, batch.graph)
+        return x
+
+    vqgnn.convert(model, data, method="lmc", forward=forward)
+    assert capsys.readouterr() == ("", "")
+    paths = vqgnn.paths(model)
+    assert [tuple(path) for path in paths] == [
+        ("a", "GCNConv", "fused", "C x, computed once", 0),
+        ("b", "GATv2Conv", "generic", "fp32", 36),  # 8 numbers and their age
+        ("c", "GraphConv", "generic", "fp32, with gradients", 72),
+        ("d", "APPNP", "generic", "fp32; fp32 x 2, with gradients", 216),
+    ]
+    assert str(paths).splitlines()[:2] == [
+        "name  conv       path     reads                           bytes_per_node",
+        "a     GCNConv    fused    C x, computed once              0",
+    ]
+    with pytest.raises(ValueError, match="is not converted"):
+        vqgnn.paths(pyg.GCN(6, 8, 2, 3))
+
+
+class TouchesEdges(nn.Module):
+    def __init__(self, touch):
+        super().__init__()
+        self.touch, self.conv = touch, pyg.GCNConv(6, 3)
+
+    def forward(self, x, edge_index):
+        self.touch(edge_index)
+        return self.conv(x, edge_index)
+
+
+TOUCHES = {
+    "loops": add_self_loops,
+    "dropout": dropout_edge,
+    "row": lambda edge_index: edge_index[0],
+    "unpack": lambda edge_index: [*edge_index],
+    "size": lambda edge_index: edge_index.size(1),
+    "shape": lambda edge_index: edge_index.shape,
+    "len": len,
+    "flip": lambda edge_index: edge_index.flip(0),
+    "cat": lambda edge_index: torch.cat([edge_index, edge_index], 1),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_model_that_touches_edges_is_told_what_to_do(touch, data):
+    with pytest.raises(ValueError, match=r"edge_index.*into a transform.*before vqgnn\.convert.*AddSelfLoops"):
+        vqgnn.convert(TouchesEdges(TOUCHES[touch]), data)
+
+
+def test_a_batch_graph_still_answers_hasattr(data):
+    graph = next(iter(batches(data))).graph
+    assert graph and not hasattr(graph, "size") and not hasattr(graph, "no_such_thing")
+
+
+class LearnedWeight(MessagePassing):
+    """Weighs edges by node rows in forward, where a batch has not all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x, edge_index):
+        weight = (x[edge_index[0]] * x[edge_index[1]]).sum(1)
+        return self.propagate(edge_index, x=self.lin(x), weight=weight)
+
+    def message(self, x_j, weight):
+        return x_j * weight[:, None]
+
+
+class Named(MessagePassing):
+    """Has a name that converted convs have."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x, edge_index):
+        return self.combine(self.propagate(edge_index, x=x))
+
+    def combine(self, x):
+        return self.lin(x)
+
+
+class NoMessages(MessagePassing):
+    def forward(self, x, edge_index):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: pyg.APPNP(2, 0.1, dropout=0.5), "APPNP drops out values of edges.*set its dropout to 0"),
+        (lambda: pyg.PDNConv(6, 3, 3, 4), r"PDNConv computes edge_weight of every edge.*in message\(\)"),
+        (LearnedWeight, r"LearnedWeight computes weight of every edge.*in message\(\)"),
+        (Named, "Named has combine, a name that vqgnn gives to convs; rename it"),
+        (NoMessages, "NoMessages does not call propagate"),
+        (lambda: pyg.HypergraphConv(6, 3), "HypergraphConv cannot run on mini-batches.*failed with IndexError"),
+    ],
+    ids=["dropout", "learned", "from-rows", "named", "no-messages", "hypergraph"],
+)
+def test_what_pygs_code_cannot_do_on_a_batch_is_named(build, message, data):
+    data.edge_attr = torch.randn(data.num_edges, 3)
+    conv = build()
+    cls, state = type(conv), set(conv.__dict__)
+    with pytest.raises(ValueError, match=message):
+        vqgnn.convert(conv, data)
+    assert type(conv) is cls and set(conv.__dict__) == state
