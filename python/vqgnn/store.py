@@ -170,7 +170,6 @@ class NodeStore(nn.Module):
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_state_dict_pre_hook(lambda store, *_: store.flush())
         self._register()
         if device is not None:
             self._follow(self._device)
@@ -184,6 +183,10 @@ class NodeStore(nn.Module):
     def _register(self) -> None:
         self.handle = next(_HANDLES)
         _STORES[self.handle] = self
+
+    def _save_to_state_dict(self, *args) -> None:
+        self.flush()
+        super()._save_to_state_dict(*args)
 
     def __getstate__(self) -> dict:
         self.flush()
