@@ -35,6 +35,8 @@ def seed():
 @pytest.fixture
 def command_line(tmp_path_factory, monkeypatch):
     """For tests of commands: a cache folder of the session's own, and what a command sets is set back."""
+    import torch_geometric  # noqa: F401  pytest shows the warnings of its import, which a command would repeat
+
     monkeypatch.setenv("VQGNN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("VQGNN_TRACEBACK", raising=False)
     threads = torch.get_num_threads()
