@@ -263,6 +263,13 @@ def test_one_conv_behind_an_encoder_is_filled(data):
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
+def test_another_graph_is_refused_where_a_conv_made_edges_of_the_first(data):
+    model = vqgnn.convert(pyg.APPNP(K=2, alpha=0.1), data, "gas")
+    other = awkward_graph(num_nodes=30)
+    with pytest.raises(ValueError, match=r"a graph of 40 nodes, from whose edges .* got one of 30; convert it with"):
+        layerwise(model, other)
+
+
 def test_paths_tell_what_every_conv_does(data, capsys):
     model = nn.ModuleDict(
         {"a": pyg.GCNConv(6, 8), "b": pyg.GATv2Conv(8, 8), "c": pyg.GraphConv(8, 8), "d": pyg.APPNP(3, 0.1)}

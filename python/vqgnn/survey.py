@@ -36,13 +36,19 @@ _GIVEN_EDGES = Convolution("sum")  # the graph's edges as they are
 class Recorded:
     """Edges [2, e] (source, target) that a conv makes of the graph's, and the values that it gives each call for them.
 
-    It stands where a `Convolution` stands: the key of a graph's matrix.
+    It stands where a `Convolution` stands: the key of the matrix of that graph, which has num_nodes nodes.
     """
 
     edge_index: Tensor
     values: list[dict[str, Tensor]]
+    num_nodes: int
 
     def edges(self, graph: Graph) -> tuple[Tensor, None]:
+        if graph.num_nodes != self.num_nodes:
+            raise ValueError(
+                f"the model was converted with a graph of {self.num_nodes} nodes, from whose edges a conv made others, "
+                f"and got one of {graph.num_nodes}; convert it with that graph"
+            )
         return self.edge_index, None
 
     def tensors(self) -> list[Tensor]:
@@ -250,7 +256,7 @@ def _check_dropout(
 def _additive(conv: GenericConv, given: Given, record: Record) -> bool:
     """Whether the messages of two halves of the edges add up to those of all."""
     survey, edge_index = conv.survey, flow(conv, record.calls[0].edge_index)
-    survey.edges = Recorded(edge_index, record.values())
+    survey.edges = Recorded(edge_index, record.values(), given.graph.n_id.numel())
     ids = torch.arange(edge_index.size(1), device=edge_index.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -272,7 +278,7 @@ def settle(conv: GenericConv, given: Given) -> None:
     if survey.records or conv.flow != "source_to_target":
         if graph.edge_index is None:
             raise ValueError(f"{name} makes edges of its own, for which it needs data.edge_index in memory")
-        recorded = Recorded(flow(conv, graph.edge_index), [])
+        recorded = Recorded(flow(conv, graph.edge_index), [], graph.num_nodes)
         if survey.records:
             recorded = _record(conv, given)
         survey.edges = next((known for known in graph.recorded if known.equals(recorded)), recorded)
@@ -292,4 +298,4 @@ def _record(conv: GenericConv, given: Given) -> Recorded:
     edge_index = record.calls[0].edge_index
     if not all(torch.equal(call.edge_index, edge_index) for call in record.calls[1:]):
         raise ValueError(f"{type(conv).__name__} propagates over several sets of edges; give each a conv of its own")
-    return Recorded(flow(conv, edge_index), record.values())
+    return Recorded(flow(conv, edge_index), record.values(), graph.num_nodes)
