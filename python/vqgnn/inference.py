@@ -30,11 +30,12 @@ def call_model(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards."""
+    """Evaluation mode, every module's own mode restored afterwards. Eager: each pass would be compiled anew."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
