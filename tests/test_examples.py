@@ -1,4 +1,6 @@
 import importlib.util
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,10 +8,19 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.mark.parametrize("method", ["vq", "drop"])
-def test_train_gcn_learns(method, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("example", "method", "epochs"),
+    [("train_gcn", "vq", 6), ("train_gcn", "drop", 6), ("drop_in", "vq", 3)],
+)
+def test_examples_learn(example, method, epochs, monkeypatch, tmp_path):
     monkeypatch.setenv("VQGNN_CACHE", str(tmp_path))
-    spec = importlib.util.spec_from_file_location("train_gcn", EXAMPLES / "train_gcn.py")
+    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main("generated:n=2000,classes=5", method, epochs=6) > 0.4  # chance: 0.2
+    assert module.main("generated:n=2000,classes=5", method, epochs) > 0.4  # chance: 0.2
+
+
+def test_the_lightning_example_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="pip install lightning"):
+        runpy.run_path(str(EXAMPLES / "train_lightning.py"))

@@ -263,9 +263,11 @@ class _Probe:
         except ValueError:
             raise
         except Exception as error:
+            values = " and ".join(f"data.{name}" for name in given.edge_tensors)
+            hint = f"; it was given {values}: delete it from data if the model does not use it" if values else ""
             raise ValueError(
                 f"{type(conv).__name__} cannot run on mini-batches: on a graph of a few nodes its own code failed "
-                f"with {type(error).__name__}: {error}"
+                f"with {type(error).__name__}: {error}{hint}"
             ) from error
         self._note(conv, conv.survey.hops[0].dim, sees_features)
         settle(conv, given)

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from vqgnn_kernels import Rows
 
 from . import tables
-from .graph import BatchGraph, Graph, MovedBatch
+from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch
 from .loader import Batch, BatchLoader
 from .nn import StoreConv
 
 METHODS = ("exact", "vq", "stale")
 _BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 channels
+_PROBE_NODES = 8
 
 
 def call_model(model: nn.Module, batch: Batch) -> Tensor:
@@ -29,11 +30,12 @@ def call_model(model: nn.Module, batch: Batch) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards."""
+    """Evaluation mode, every module's own mode restored afterwards. Eager: each pass would be compiled anew."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -63,12 +65,17 @@ def layerwise(
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
-        batch_size: nodes at a time, default 32,768.
+        batch_size: nodes at a time, default 32,768. All of them at once where the model's own code takes statistics
+            over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the whole graph's.
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
         folder: keep the rows, and the result, in memory-mapped scratch files in this folder instead of in RAM.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+
+    Raises:
+        ValueError: an unknown option, a model that is not converted, or a batch_size below the number of nodes for a
+            model with statistics over nodes.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -150,6 +157,14 @@ def visit_inputs(
             visit(conv, conv.message_input(data.x.to(device_of(model, data))))
 
 
+class _Edgeless(BatchGraph):
+    """A batch without edges: a conv's result for a node is then that node's affair alone."""
+
+    def edges(self, convolution: Convolution, valued: bool = False) -> BatchEdges:
+        none = self.n_id[:0]
+        return BatchEdges(none.expand(2, 0), none, none)
+
+
 class _NextConv(Exception):
     """Raised by a conv that is reached before its inputs are known for every node."""
 
@@ -159,7 +174,7 @@ class _Sweep:
 
     def __init__(self, data, batch_size, dtype, folder, forward, progress, quantise=False, on_inputs=None):
         self.graph = Graph.of(data)
-        self.batch_size = batch_size or _BATCH
+        self.batch_size = batch_size
         self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
         self.quantise, self.on_inputs = quantise, on_inputs
         self.chain = False  # whether each conv's output is used by the next conv alone: it need not be kept then
@@ -172,9 +187,19 @@ class _Sweep:
     def run(self, model: nn.Module) -> Tensor | None:
         graph = self.graph
         self.device = device_of(model, graph)
-        num_convs, self.chain = self._structure(model)
+        batch_size, n = self.batch_size or _BATCH, graph.num_nodes
+        num_convs, self.chain, splits = self._structure(model)
         self.chain &= not self.quantise
-        ranges = [(s, min(s + self.batch_size, graph.num_nodes)) for s in range(0, graph.num_nodes, self.batch_size)]
+        if batch_size < n and not splits:
+            if self.batch_size is not None:
+                raise ValueError(
+                    f"batch_size={batch_size} splits the {n} nodes, but {type(model).__name__} takes statistics over "
+                    "all nodes that it sees (GraphNorm, PairNorm, LayerNorm(mode='graph'), x.mean(0), ...); leave "
+                    "batch_size out, which runs all nodes at once, or use norms of one node (LayerNorm(mode='node')) "
+                    "or with running statistics (BatchNorm)"
+                )
+            batch_size = n
+        ranges = [(s, min(s + batch_size, n)) for s in range(0, n, batch_size)]
         result = None
         while result is None:
             self.outputs.append(None)
@@ -226,12 +251,15 @@ class _Sweep:
             self.outputs[index][start:stop] = out
         return out
 
-    def _structure(self, model: nn.Module) -> tuple[int, bool]:
-        """Number of convs, and whether they form a chain: no skip connection, each conv tells neighbours its own x.
+    def _structure(self, model: nn.Module) -> tuple[int, bool, bool]:
+        """Number of convs, whether they form a chain, and whether nodes may be split into batches; from a few nodes.
 
-        Found by autograd on a few nodes: in a chain, nothing after a conv depends on the output of an earlier one.
+        A chain has no skip connection and each conv tells neighbours its own x: by autograd, nothing after a conv
+        depends on the output of an earlier one. Nodes may be split where, but for messages, the model computes the same
+        for some of them with and without the others.
         """
         outputs: list[Tensor] = []
+        rows: list[Tensor] = []  # what the model computes between messages
         chain = True
 
         def depends_on_earlier(value: Tensor) -> bool:
@@ -239,25 +267,50 @@ class _Sweep:
                 return True
             if len(outputs) < 2:
                 return False
-            found = torch.autograd.grad(value.sum(), outputs[:-1], retain_graph=True, allow_unused=True)
+            try:
+                found = torch.autograd.grad(value.sum(), outputs[:-1], retain_graph=True, allow_unused=True)
+            except RuntimeError:  # a checkpoint is in the way
+                return True
             return any(gradient is not None for gradient in found)
 
         def note(conv: StoreConv, x: Tensor, batch: BatchGraph, output=None) -> Tensor:
             nonlocal chain
             source = conv.message_input(x)
-            chain &= conv.chains and source is x and not (outputs and depends_on_earlier(x))
+            chain = chain and conv.chains and source is x and torch.is_grad_enabled()  # off inside a checkpoint
+            chain = chain and not (outputs and depends_on_earlier(x))
             x = x.detach()
             out = conv.combine(x, torch.zeros_like(source)) if output is None else output(None, x)
-            out = out.detach().requires_grad_()
+            rows.extend([x, out.detach()])
+            # random, as without messages all nodes may be alike, and statistics over them would not show
+            out = noise(out).requires_grad_()
             outputs.append(out)
             return out * 1  # not the leaf itself: models may work in place
 
-        x = self.graph.x[:2].clone().to(self.device)
+        def noise(like: Tensor) -> Tensor:
+            """The same whatever the number of rows."""
+            return torch.rand(_PROBE_NODES, *like.shape[1:], generator=generator)[: len(like)].to(like)
+
+        def run(count: int) -> Tensor:
+            nonlocal generator
+            generator = torch.Generator().manual_seed(0)
+            x = self.graph.x[:count].clone().to(self.device)
+            x += noise(x) / 2
+            n_id = torch.arange(count, device=self.device)
+            out = self.forward(model, Batch(_Edgeless(self.graph, n_id, x, run=note), {"x": x}))
+            rows.append(out.detach())
+            return out
+
+        generator = None
+        count = min(_PROBE_NODES, self.graph.num_nodes)
         with torch.enable_grad():
-            n_id = torch.arange(len(x), device=x.device)
-            out = self.forward(model, Batch(BatchGraph(self.graph, n_id, x, run=note), {"x": x}))
-            chain &= not depends_on_earlier(out)
-        return len(outputs), chain
+            out = run(count)
+            is_chain = chain and not depends_on_earlier(out)
+        num_convs, together = len(outputs), rows[:]
+        rows.clear()
+        with torch.no_grad():
+            run(min(count, max(2, count // 2)))  # one row alone has no variance
+        splits = all(_alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
+        return num_convs, is_chain, splits
 
     def _messages(self, conv: StoreConv, source: Tensor, batch: BatchGraph) -> Tensor:
         use, dim = conv.store_use, source.size(1)
@@ -304,3 +357,9 @@ class _Sweep:
         if self.folder is None:
             return torch.empty(size, dtype=dtype, device=self.graph.x.device)
         return tables.zeros(self.folder, *size, dtype=dtype)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether rows are the same but for rounding."""
+    tolerance = max(1e-4, 16 * torch.finfo(a.dtype).eps)
+    return bool((a - b).norm() <= tolerance * a.norm())

@@ -187,6 +187,11 @@ def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
 
 def _told(conv: GenericConv, given: Given, rows: dict[str, Tensor], edge_index: Tensor) -> list[str]:
     """Which of the arguments `rows` reach neighbours."""
+    if not rows:
+        raise ValueError(
+            f"{type(conv).__name__} takes no rows of nodes, so that it cannot run on mini-batches; compute what it "
+            "does once, into data.x, and leave it out of the model"
+        )
     heard = run(conv, Listen(), given, rows, edge_index, slice(None))
     if not isinstance(heard, list):
         raise ValueError(f"{type(conv).__name__} does not call propagate, so that it cannot read a node-state store")
