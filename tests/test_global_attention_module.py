@@ -38,6 +38,8 @@ def test_with_a_codeword_for_every_row_it_is_full_attention():
         strict=True,
     ):
         torch.testing.assert_close(ours, truth, atol=1e-3, rtol=1e-3)
+    half = module.eval().bfloat16()(x.bfloat16()).float()
+    torch.testing.assert_close(half, expected, atol=0.05, rtol=0.05)
 
 
 class Hybrid(nn.Module):

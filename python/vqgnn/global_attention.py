@@ -47,7 +47,7 @@ class GlobalAttention(nn.Module):
         codewords = self.codebook.x_values[0].clone()  # they may learn on between forward and backward
         shape = (-1, self.heads, self.channels // self.heads)
         keys, values = (t.view(shape).transpose(0, 1) for t in self.key_value(codewords).chunk(2, dim=1))
-        counts = self.codebook.ema_counts.expand(self.heads, -1)
+        counts = self.codebook.ema_counts.float().expand(self.heads, -1)
         messages = kernels.global_attention(self.query(x).view(shape), keys, values, counts)
         return self.out(messages.flatten(1))
 
