@@ -18,6 +18,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor
 
 from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, row_scores
 
+from .global_attention import GlobalAttention as GlobalAttention
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
 
