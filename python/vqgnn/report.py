@@ -10,8 +10,6 @@ from .files import atomic_write
 from .memory import size
 from .runs import Run
 
-_METHODS = {"vq": ("pq:d=4,k=256", True), "lmc": ("fp32", True), "gas": ("fp32", False)}
-
 
 def curves(run: Run, path: Path | None = None) -> Path | None:
     """Loss, scores and codebook health over the epochs as a PNG; None without an epoch or without matplotlib."""
@@ -117,6 +115,7 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     Activations: a layer keeps its input, its messages, and the results of linear map, norm, ReLU and dropout for
     backward, all [nodes of the batch, hidden] fp32. The input layer reads the features, so it has no state.
     """
+    from .conversion import METHODS
     from .places import choose
     from .store import NodeStore
     from .train import pick_device
@@ -127,7 +126,8 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     activations = 4 * config.hidden * tensors * config.layers
     title = f"memory, {config.layers} layers of {config.hidden}"
     rows = [(title, "node state", "activations of a batch", "a batch", "--place auto")]
-    for method, (codec, grad) in _METHODS.items():
+    for method in ("vq", "lmc", "gas"):
+        codec, grad = METHODS[method]
         for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
             store = {"num_nodes": n, "dim": config.hidden, "codec": text, "grad": grad}
             state = NodeStore.size_of(**store) * hidden_layers
