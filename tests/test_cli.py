@@ -218,6 +218,9 @@ BAD_OPTIONS = {
     "method": (["--method", "none"], "none"),
     "number": (["--epochs", "many"], "--epochs"),
     "range": (["--dropout", "1.5"], "--dropout"),
+    "whitening of rows": (["--method", "gas", "--codec", "fp32", "--no-whiten"], "is for method vq"),
+    "sweeps of no store": (["--method", "drop", "--refresh-every", "2"], "which keep node states"),
+    "codes of rows": (["--method", "gas", "--codec", "fp32", "--inference", "vq"], "which has codebooks"),
     "no such option": (["--colour", "red"], "--colour"),
 }
 

@@ -283,3 +283,20 @@ def test_a_loaded_codebook_goes_on_bit_for_bit(grad, after):
         assert torch.equal(straight.update(*batch), resumed.update(*batch))
     for key, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_without_whitening_distances_are_those_of_the_channels():
+    """A channel a thousand times the other decides alone; whitened, both count."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 2) * torch.tensor([1000.0, 1.0])
+    error = {}
+    for whiten in (True, False):
+        codebook = Codebook(2, branch_dim=2, num_codes=8, grad=False, whiten=whiten)
+        codes = codebook.update(x)
+        for _ in range(20):
+            codes = codebook.update(x)
+        distance = torch.cdist(x / (x.std(0) if whiten else 1), codebook.x_values[0] / (x.std(0) if whiten else 1))
+        nearest = distance.argmin(1)
+        assert (codebook.assign(x)[:, 0].long() == nearest).float().mean() > 0.99
+        error[whiten] = (x - decoded(codebook, codes, codebook.x_values)).square().mean(0) / x.var(0)
+    assert error[False][0] < error[True][0] and error[False][1] > 2 * error[True][1]

@@ -174,6 +174,28 @@ def test_bad_arguments_are_named(options, message, data):
         layerwise(model, data, **options)
 
 
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+
+
+@pytest.mark.parametrize("method", ["vq", "full"])
+def test_norms_of_one_exact_pass(method, data):
+    """Their statistics become those of all nodes' rows in the full graph; nothing else of the model changes."""
+    model = GCN(6, 8, 3, 3, norm="batch_norm", dropout=0.5)
+    plain = copy.deepcopy(model).eval()
+    for norm in batch_norms(plain):
+        norm.train()
+        norm.momentum = 1.0
+    plain(data.x, data.edge_index)
+    vqgnn.convert(model, data, method=method, **({"codec": "pq:d=4,k=8"} if method == "vq" else {}))
+    model.train()
+    inference.estimate_norms(model, data)
+    assert all(norm.momentum == 0.1 and norm.training for norm in batch_norms(model))
+    expected = plain.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
 @pytest.mark.parametrize("build", [lambda: GCN(6, 8, 2, 3), lambda: vqgnn.nn.GCNConv(6, 8)], ids=["pyg", "ours"])
 def test_a_model_that_is_not_converted_is_named(build, data):
     with pytest.raises(ValueError, match=r"is not converted; call vqgnn\.convert"):

@@ -7,7 +7,7 @@ import vqgnn
 from vqgnn import datasets, memory, report, train
 from vqgnn.config import Config, InputError
 from vqgnn.runs import Run
-from vqgnn.train import Trainer, TrainingError
+from vqgnn.train import Trainer, TrainingError, learning_rate_factor
 
 SMALL = {
     "dataset": "generated:n=400,classes=4,features=12",
@@ -109,11 +109,58 @@ def test_averaged_weights_follow_the_average():
 def test_learning_rate_course():
     trainer = make(warmup_epochs=1, epochs=5)
     steps = len(trainer.loader)
-    factors = [trainer.learning_rate_factor(step) for step in range(5 * steps)]
+    factors = [learning_rate_factor(trainer.config, step, steps) for step in range(5 * steps)]
     assert factors[0] == pytest.approx(1 / (steps + 1)) and factors[steps] == 1.0
     assert factors == sorted(factors[: steps + 1]) + sorted(factors[steps + 1 :], reverse=True)
     assert 0 < factors[-1] < 0.02
-    assert make(schedule="constant").learning_rate_factor(7) == 1.0
+    assert learning_rate_factor(make(schedule="constant").config, 7, steps) == 1.0
+
+
+def test_options_reach_what_they_are_for():
+    trainer = make(grad="off", whiten=False, optimizer="rmsprop")
+    assert isinstance(trainer.optimizer, torch.optim.RMSprop)
+    (store,) = trainer.stores.values()
+    assert not store.grad and not store.codebook.whiten
+    assert make(model="gat", heads=2, grad="on").stores["convs.1"].grad
+
+
+def test_evaluations_read_what_they_are_told():
+    trainer = make(inference="stale")
+    trainer.train_epoch()
+    stale, exact = trainer.scores("stale"), trainer.scores("exact")
+    assert trainer.evaluate()["val_acc"] == stale["val_acc"]
+    assert stale != exact  # else this shows nothing
+
+
+def test_norms_of_the_exact_pass_are_evaluated():
+    def trained(norms):
+        trainer = make(norms=norms)
+        trainer.train_epoch()
+        trainer.evaluate()
+        return trainer
+
+    running, exact = trained("running"), trained("exact")
+    norm = "norms.0.module.running_mean"
+    assert not torch.equal(running.best["weights"][norm], exact.best["weights"][norm])
+    assert_same(running.model.state_dict(), exact.model.state_dict())  # training goes on the same
+
+
+def test_sweeps_make_states_fresh():
+    """Right after a sweep a store holds what one exact pass gives."""
+    trainer = make(method="gas", codec=None, refresh_every=1)
+    trainer.train_epoch()
+    batches = trainer._batches
+    found = {}
+
+    def look():
+        exact = {}
+        vqgnn.inference.visit_inputs(trainer.model, trainer.data, lambda conv, rows: exact.update(rows=rows))
+        found["error"] = (trainer.stores["convs.1"].pull() - exact["rows"]).abs().max()
+        return batches()
+
+    trainer._batches = look
+    trainer.train_epoch()
+    assert found["error"] < 1e-5
 
 
 def test_evaluation_leaves_training_untouched():

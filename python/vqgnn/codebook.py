@@ -26,6 +26,8 @@ class Codebook(nn.Module):
         grad: also keep gradient codewords.
         decay: gamma, of the EMA of cluster sizes and sums.
         whiten_decay: beta, of the EMA of the channels' mean and variance.
+        whiten: whether to whiten at all; else distances are those of the channels as they come, whose gradients are
+            smaller than their features by orders of magnitude and then do not count.
         seed: decides the first codewords and the rows that dead codes are revived from.
     """
 
@@ -37,11 +39,12 @@ class Codebook(nn.Module):
         grad: bool = True,
         decay: float = 0.9,
         whiten_decay: float = 0.9,
+        whiten: bool = True,
         seed: int = 0,
     ):
         super().__init__()
         self.dim, self.branch_dim, self.num_codes, self.grad = dim, branch_dim, num_codes, grad
-        self.decay, self.whiten_decay, self.seed = decay, whiten_decay, seed
+        self.decay, self.whiten_decay, self.whiten, self.seed = decay, whiten_decay, whiten, seed
         self.num_branches = m = -(-dim // branch_dim)
         self.width = branch_dim * (2 if grad else 1)  # dv: channels a branch quantises together
         channels = m * self.width
@@ -158,6 +161,9 @@ class Codebook(nn.Module):
             elif first_grad:
                 gradients.zero_()
                 self.grad_seen = True
+        if not self.whiten:
+            self.var.fill_(1.0)
+            return
         self.mean.mul_(beta).add_((1 - beta) * mean)
         self.var.mul_(beta).add_((1 - beta) * var)
 

@@ -51,6 +51,12 @@ class Config:
         None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
     )
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
+    grad: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Whether gradients of nodes outside a batch are kept and added; 'auto': as method and conv want.",
+    )
+    whiten: bool = option(True, "Whether codebooks whiten channels before the search for the nearest codeword.")
+    refresh_every: int = option(0, "Epochs between exact sweeps that write all node states anew; 0: none.", 0)
     place: Literal["auto", "device", "host", "disk", "pinned"] = option(
         "auto",
         "Where node states lie: the device's memory, RAM beside a GPU, files; 'auto': the first with twice the room; "
@@ -67,15 +73,22 @@ class Config:
     layers: int = option(3, "Layers.", 1)
     heads: int = option(4, "Attention heads of --model gat, which share the hidden channels.", 1)
     dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
-    lr: float = option(0.01, "Adam's step size.", 0)
+    optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
+    lr: float = option(0.01, "The optimizer's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
     warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
-    weight_decay: float = option(0.0, "Adam's weight decay.", 0)
+    weight_decay: float = option(0.0, "The optimizer's weight decay.", 0)
     average: float = option(
         0.98, "Decay a step of the averaged weights that are evaluated; 0: the weights as is.", 0, 1
     )
     epochs: int = option(40, "Passes over the nodes; with --method full a pass is one step.", 1)
     eval_every: int = option(1, "Epochs between evaluations.", 1)
+    inference: Literal["exact", "vq", "stale"] = option(
+        "exact", "Neighbours' states in these evaluations: exact, codes refreshed layer by layer, or the stores'."
+    )
+    norms: Literal["running", "exact"] = option(
+        "running", "BatchNorm's statistics there: averages over batches, or of one exact pass over all nodes."
+    )
     seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train; 'auto' is the GPU where there is one.")
     threads: int | None = option(None, "Threads to compute with. [default: torch's choice]", 1)
@@ -100,6 +113,14 @@ class Config:
             if self.sampler not in ("node", "cluster"):
                 raise InputError(f"--sampler {self.sampler} and --parts {self.parts} exclude each other")
             object.__setattr__(self, "sampler", "cluster")
+        kept = self.method in ("vq", "gas", "lmc") and self.model != "mlp"  # whether there are node states
+        needs_codes = "" if self.method == "vq" and kept else "method vq, which has codebooks"
+        needs_states = "" if kept else "methods vq, gas and lmc, which keep node states"
+        for name, wants in (("whiten", needs_codes), ("refresh_every", needs_states)):
+            if wants and getattr(self, name) != getattr(Config, name):
+                raise InputError(f"{option_name(name)} {getattr(self, name)} is for {wants}; leave it out")
+        if wants := {"exact": "", "vq": needs_codes, "stale": needs_states}[self.inference]:
+            raise InputError(f"--inference {self.inference} is for {wants}; use exact")
         if self.task == "link":
             for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
                 if getattr(self, name) != plain:

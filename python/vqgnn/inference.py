@@ -130,6 +130,27 @@ def warmup(
 
 
 @torch.no_grad()
+def estimate_norms(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> None:
+    """Set the running statistics of a converted model's BatchNorms to those of one exact pass over all nodes.
+
+    The pass keeps one layer's rows of all nodes at a time in memory. data: in memory, what `convert` was given.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean of all passes: of this one
+            for batch in BatchLoader(data, data.num_nodes, device=device_of(model, data)):
+                forward(model, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@torch.no_grad()
 def visit_inputs(
     model: nn.Module,
     data: Data,

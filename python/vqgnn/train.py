@@ -26,7 +26,7 @@ from .config import Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
-from .inference import layerwise, warmup
+from .inference import estimate_norms, layerwise, warmup
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -35,6 +35,7 @@ from .store import NodeStore
 from .tasks import SPLITS, TASKS
 
 _ROWS = 65_536  # of features at a time
+_OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
 
@@ -81,7 +82,7 @@ def _inductive(data: Data) -> tuple[Data, Data]:
     return data.subgraph(data.train_mask), data if separate else data.subgraph(~data.test_mask)
 
 
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
     """EMA of weights for AveragedModel; its decay rises to `decay`, so that the first weights do not linger.
 
     After t steps about the last t / 9 count: full batch makes one step an epoch and would else trail for hundreds.
@@ -98,6 +99,16 @@ def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int],
                 mean.copy_(value)
 
     return update
+
+
+def learning_rate_factor(config: Config, step: int, batches: int) -> float:
+    """Of the step size, with so many batches an epoch: linear warm-up, then half a cosine down to 0, or constant."""
+    warmup, total = config.warmup_epochs * batches, config.epochs * batches
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class Trainer:
@@ -127,13 +138,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = build_model(config, self.data.num_features, self.task.out_channels)
         self.model = self.task.with_head(model).to(self.device)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=moving_average(config.average), use_buffers=True)
         try:
             self.loader = self.task.loader(config, self.train_data, self.device)
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
                 options |= {"place": config.place, "folder": folder}
+                options["grad"] = {"auto": None, "on": True, "off": False}[config.grad]
+                if config.method == "vq":
+                    options["whiten"] = config.whiten
                 convert(self.model, self.train_data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -142,7 +156,8 @@ class Trainer:
         # Rows that an evaluation keeps: in files, and of half the size, where the graph itself does not fit.
         self.kept = {"folder": folder or cache_folder() / "state"} if on_disk else {}
         self.kept |= {"dtype": torch.float16} if mapped else {}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        kind = _OPTIMIZERS[config.optimizer]
+        self.optimizer = kind(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
         if mapped:
             self._note_setup(time.perf_counter() - start)
         self.num_terms = self.task.count(self.train_data)  # of the full-batch mean loss
@@ -249,15 +264,18 @@ class Trainer:
 
     def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
         """One pass over all batches; its loss, seconds and the state of the stores."""
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         updates = {name: store.stats().get("updates") for name, store in self.stores.items()}
-        total = 0.0
+        every = self.config.refresh_every
+        if self.stores and every and self.epoch and self.epoch % every == 0:
+            warmup(self.model, self.train_data, **self.kept)
+        total, batches = 0.0, len(self.loader)
         for step, batch in enumerate(self._batches()):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * self.learning_rate_factor(self.epoch * len(self.loader) + step)
+                group["lr"] = self.config.lr * learning_rate_factor(self.config, self.epoch * batches + step, batches)
             loss_sum = self.task.loss_sum(self.model, batch)
             # The batch's share of the full-batch mean loss, scaled so that its gradient estimates the full one.
-            loss = loss_sum * (len(self.loader) / self.num_terms)
+            loss = loss_sum * (batches / self.num_terms)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -268,7 +286,7 @@ class Trainer:
         total = float(total)
         if not math.isfinite(total):
             raise TrainingError(f"the loss is {total} in epoch {self.epoch + 1}; try a smaller --lr")
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         self.epoch += 1
         after = {name: store.stats() for name, store in self.stores.items()}
         return {
@@ -276,6 +294,7 @@ class Trainer:
             "loss": total / self.num_terms,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 4),
+            "cpu_seconds": round(cpu_seconds, 4),
             "memory_training": self._peak_since_last(),
             **_store_health(after),
             "warnings": self._warnings(updates, after),
@@ -285,15 +304,6 @@ class Trainer:
         self.model.train()
         self.loader.set_epoch(self.epoch)
         return iter(self.loader)
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 0 at the last step, or constant."""
-        warmup, total = self.config.warmup_epochs * len(self.loader), self.config.epochs * len(self.loader)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     def predict(self, inference: str = "exact", progress: bool = False, data: Data | None = None) -> Tensor:
         """The averaged weights' output [n, C] for every node of the graph; the training store is only read.
@@ -350,6 +360,8 @@ class Trainer:
     def scores(self, inference: str = "exact") -> dict[str, float]:
         """The task's scores of all splits by the averaged weights; inductive: validation has never met a test node."""
         model = self.averaged.module
+        if self.config.norms == "exact":
+            estimate_norms(model, self.train_data)
         scores = self.task.scores(model, self.predict(inference), self.data)
         if self.val_data is not self.data:
             held_out = self.task.scores(model, self.predict(inference, data=self.val_data), self.val_data)
@@ -360,7 +372,7 @@ class Trainer:
         """Exact scores of the averaged weights; the weights are kept where validation is best."""
         start = time.perf_counter()
         self._release()
-        scores = self.scores()
+        scores = self.scores(self.config.inference)
         self._release()
         key = f"val_{self.task.metric}"
         if not self.best["scores"] or scores[key] > self.best["scores"][key]:

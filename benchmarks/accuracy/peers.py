@@ -1,0 +1,349 @@
+"""The methods that ours are compared with, by PyG's own loaders and convs.
+
+Every one is trained as ours are: the same model, schedule, averaged weights, exact evaluation on the whole graph. Needs
+torch_sparse and torch_scatter for the loaders, which build from source (an environment for benchmarks alone):
+
+    FORCE_ONLY_CPU=1 pip install --no-build-isolation --no-deps torch-scatter==2.1.2 torch-sparse==0.6.18
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch_geometric.data import Data
+from torch_geometric.loader import ClusterData, ClusterLoader, GraphSAINTRandomWalkSampler, NeighborLoader
+from torch_geometric.nn import GraphConv, models
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import degree
+
+from vqgnn import memory
+from vqgnn.config import Config
+from vqgnn.datasets import Dataset
+from vqgnn.partitioning import partition
+from vqgnn.tasks import NodeTask
+from vqgnn.train import build_model, learning_rate_factor, moving_average
+
+FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
+PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
+WALK_LENGTH = 2  # GraphSAINT-RW's steps
+SAMPLE_COVERAGE = 50  # visits a node by which GraphSAINT's normalisation is estimated
+Step = Callable[[nn.Module], Tensor]  # the loss of a batch
+
+
+def sparse(edge_index: Tensor, num_nodes: int, weight: Tensor | None = None):
+    """The form of the graph in which PyG's convs run fastest on a CPU."""
+    from torch_sparse import SparseTensor
+
+    return SparseTensor(row=edge_index[1], col=edge_index[0], value=weight, sparse_sizes=(num_nodes, num_nodes))
+
+
+def _loss_sum(data: Data, logits: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy summed over nodes with a weight [b]."""
+    return (F.cross_entropy(logits, data.y, reduction="none") * weight).sum()
+
+
+class Peer:
+    """A model, its training batches as `steps()`, and its whole graph for evaluation."""
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        self.config, self.data, self.batches = config, dataset.data, batches
+        self.task = NodeTask(config, dataset)
+        torch.manual_seed(config.seed)
+        self.model = self.build()
+        self.averaged = AveragedModel(self.model, multi_avg_fn=moving_average(config.average), use_buffers=True)
+        self.graph = self.whole()
+
+    def build(self) -> nn.Module:
+        return build_model(self.config, self.data.num_features, self.task.out_channels)
+
+    def whole(self):
+        """What the model is given for the whole graph."""
+        return sparse(self.data.edge_index, self.data.num_nodes)
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return self.batches
+
+    def steps(self) -> Iterator[Step]:
+        raise NotImplementedError
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return model(self.data.x, self.graph)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        return self.task.scores(None, self.logits(self.averaged.module.eval()), self.data)
+
+    def fit(self) -> list[dict]:
+        """One object an epoch, as `vqgnn train` writes them."""
+        config, metrics = self.config, []
+        optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        total = config.epochs * len(self)
+        for epoch in range(1, config.epochs + 1):
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.model.train()
+            for step, loss_of in enumerate(self.steps()):
+                for group in optimizer.param_groups:
+                    done = (epoch - 1) * len(self) + step
+                    group["lr"] = config.lr * learning_rate_factor(config, min(done, total), len(self))
+                optimizer.zero_grad()
+                loss_of(self.model).backward()
+                optimizer.step()
+                self.averaged.update_parameters(self.model)
+            found = {"epoch": epoch, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            if epoch % config.eval_every == 0 or epoch == config.epochs:
+                found |= self.evaluate()
+            metrics.append(found)
+        return metrics
+
+
+class ClusterGCN(Peer):
+    """Chiang et al.: batches of METIS clusters, messages between batches dropped, normalisation within the batch."""
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        self.loader = ClusterLoader(
+            _Clusters(self.data, batches * PARTS_A_BATCH), batch_size=PARTS_A_BATCH, shuffle=True
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def steps(self) -> Iterator[Step]:
+        for batch in self.loader:
+            count = int(batch.train_mask.sum())
+            if count:
+                graph = sparse(batch.edge_index, batch.num_nodes)
+                yield lambda model, b=batch, g=graph, n=count: _loss_sum(b, model(b.x, g), b.train_mask / n)
+
+
+class _Clusters(ClusterData):
+    """PyG's, with METIS by pymetis: its own needs a library that has no package."""
+
+    def __init__(self, data: Data, num_parts: int):
+        self.known = data
+        super().__init__(data, num_parts, log=False)
+
+    def _metis(self, rowptr: Tensor, col: Tensor) -> Tensor:
+        cluster = torch.empty(self.known.num_nodes, dtype=torch.int64)
+        for number, nodes in enumerate(partition(self.known.edge_index, self.known.num_nodes, self.num_parts)):
+            cluster[nodes] = number
+        return cluster
+
+
+class WeightedSAGE(models.GraphSAGE):
+    """GraphSAGE whose mean is a weighted sum, so that GraphSAINT can normalise it: GraphConv of weights 1 / degree."""
+
+    def init_conv(self, in_channels: int, out_channels: int, **kwargs) -> GraphConv:
+        return GraphConv(in_channels, out_channels, aggr="add", **kwargs)
+
+
+class GraphSAINT(Peer):
+    """Zeng et al.: subgraphs of random walks; messages and losses divided by the chance that they are sampled.
+
+    A GAT's softmax takes no such weights: its loss alone is normalised.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        data = Data(
+            x=self.data.x, y=self.data.y, train_mask=self.data.train_mask, edge_index=self.data.edge_index,
+            edge_weight=self._weights(), degree=self.degree,
+        )  # fmt: skip
+        self.loader = GraphSAINTRandomWalkSampler(
+            data, math.ceil(data.num_nodes / (batches * (1 + WALK_LENGTH))), WALK_LENGTH, num_steps=batches,
+            sample_coverage=SAMPLE_COVERAGE, log=False,
+        )  # fmt: skip
+
+    def build(self) -> nn.Module:
+        self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
+        config, sizes = self.config, (self.data.num_features, self.config.hidden, self.config.layers)
+        options = {"norm": "batch_norm", "dropout": config.dropout}
+        if config.model == "sage":
+            return WeightedSAGE(*sizes, self.task.out_channels, **options)
+        if config.model == "gcn":  # the weights are the whole graph's
+            return models.GCN(*sizes, self.task.out_channels, normalize=False, **options)
+        return super().build()
+
+    def _weights(self) -> Tensor:
+        """[e] weight of each edge in the convolution matrix."""
+        source, target = self.data.edge_index
+        if self.config.model == "gcn":
+            inverse = (self.degree + 1).rsqrt()
+            return inverse[source] * inverse[target]
+        return 1 / self.degree.clamp(min=1)[target]
+
+    def whole(self):
+        return self._matrix(self.data.edge_index, self._weights(), self.degree)
+
+    def _matrix(self, edge_index: Tensor, weight: Tensor, degrees: Tensor):
+        """The convolution matrix of some nodes, which have these degrees in the whole graph."""
+        n = degrees.numel()
+        if self.config.model == "gat":
+            return sparse(edge_index, n)
+        if self.config.model == "gcn":  # a node is always in its own subgraph, so that its loop needs no correction
+            ends = torch.arange(n)
+            edge_index = torch.cat([edge_index, torch.stack([ends, ends])], 1)
+            weight = torch.cat([weight, 1 / (degrees + 1)])
+        return sparse(edge_index, n, weight)
+
+    def steps(self) -> Iterator[Step]:
+        for batch in self.loader:
+            # The chance of an edge given its target: PyG's edge_norm is that given the source.
+            source, target = batch.edge_index
+            weight = batch.edge_weight * batch.edge_norm * batch.node_norm[source] / batch.node_norm[target]
+            graph = self._matrix(batch.edge_index, weight, batch.degree)
+            loss_weight = batch.node_norm * batch.train_mask
+            yield lambda model, b=batch, g=graph, w=loss_weight: _loss_sum(b, model(b.x, g), w)
+
+
+class NeighbourSampling(Peer):
+    """Hamilton et al.: a tree of sampled neighbours for each batch of training nodes."""
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        size = math.ceil(int(self.data.train_mask.sum()) / batches)
+        fanout = (FANOUT + [FANOUT[-1]] * config.layers)[: config.layers]
+        self.loader = NeighborLoader(self.data, fanout, input_nodes=self.data.train_mask, batch_size=size, shuffle=True)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def steps(self) -> Iterator[Step]:
+        for batch in self.loader:
+            graph = sparse(batch.edge_index, batch.num_nodes)
+            size = batch.batch_size
+            yield lambda model, b=batch, g=graph, n=size: F.cross_entropy(model(b.x, g)[:n], b.y[:n])
+
+
+class _Rows(Peer):
+    """A model of each node's own rows: `features`, computed once from the graph. Batches are random training nodes."""
+
+    def features(self) -> Tensor:
+        raise NotImplementedError
+
+    def whole(self) -> None:
+        self.rows = self.features()
+
+    def steps(self) -> Iterator[Step]:
+        nodes = self.data.train_mask.nonzero().flatten()
+        for part in nodes[torch.randperm(nodes.numel())].tensor_split(self.batches):
+            yield lambda model, p=part: F.cross_entropy(model(self.rows[p]), self.data.y[p])
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return model(self.rows)
+
+    def powers(self, count: int) -> list[Tensor]:
+        """X, C X, C^2 X, ... with GCN's matrix C."""
+        edge_index, weight = gcn_norm(self.data.edge_index, None, self.data.num_nodes)
+        matrix, found = sparse(edge_index, self.data.num_nodes, weight), [self.data.x]
+        for _ in range(count):
+            found.append(matrix @ found[-1])
+        return found
+
+
+class SGC(_Rows):
+    """Wu et al.: logistic regression on C^L X, one step an epoch."""
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, 1)
+
+    def build(self) -> nn.Module:
+        return nn.Linear(self.data.num_features, self.task.out_channels)
+
+    def features(self) -> Tensor:
+        return self.powers(self.config.layers)[-1]
+
+
+class SIGN(_Rows):
+    """Frasca et al.: an MLP on X, C X, ..., C^L X, each with a linear map of its own."""
+
+    def build(self) -> nn.Module:
+        config, width = self.config, self.config.hidden
+        return _SignModel(self.data.num_features, width, config.layers + 1, self.task.out_channels, config.dropout)
+
+    def features(self) -> Tensor:
+        return torch.stack(self.powers(self.config.layers), 1)
+
+
+class _SignModel(nn.Module):
+    def __init__(self, in_channels: int, hidden: int, hops: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(in_channels, hidden) for _ in range(hops))
+        self.norm = nn.BatchNorm1d(hops * hidden)
+        options = {"norm": "batch_norm", "dropout": dropout}
+        self.mlp = models.MLP([hops * hidden, hidden, out_channels], **options)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([linear(x[:, hop]) for hop, linear in enumerate(self.maps)], 1)
+        return self.mlp(F.dropout(self.norm(x).relu(), self.dropout, self.training))
+
+
+class CorrectAndSmooth(_Rows):
+    """Huang et al.: an MLP whose outputs are corrected and smoothed along the graph."""
+
+    def build(self) -> nn.Module:
+        config = self.config
+        channels = [self.data.num_features] + [config.hidden] * (config.layers - 1) + [self.task.out_channels]
+        return models.MLP(channels, norm="batch_norm", dropout=config.dropout)
+
+    def features(self) -> Tensor:
+        self.matrix = _symmetric(self.data)
+        return self.data.x
+
+    def logits(self, model: nn.Module) -> Tensor:
+        post = models.CorrectAndSmooth(50, 0.9, 50, 0.8, autoscale=True)
+        mask, soft = self.data.train_mask, super().logits(model).softmax(1)
+        corrected = post.correct(soft, self.data.y[mask], mask, self.matrix)
+        return post.smooth(corrected, self.data.y[mask], mask, self.matrix)
+
+
+class LabelPropagation(_Rows):
+    """Zhu & Ghahramani: labels spread along the graph; nothing is learnt."""
+
+    def build(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def features(self) -> Tensor:
+        return self.data.x[:, :1]
+
+    def steps(self) -> Iterator[Step]:
+        return iter(())
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return models.LabelPropagation(50, 0.9)(self.data.y, _symmetric(self.data), self.data.train_mask)
+
+
+def _symmetric(data: Data):
+    """D^-1/2 A D^-1/2."""
+    edge_index, weight = gcn_norm(data.edge_index, None, data.num_nodes, add_self_loops=False)
+    return sparse(edge_index, data.num_nodes, weight)
+
+
+def _runner(kind: type[Peer]) -> Callable[[Config, Dataset, int], tuple[list[dict], dict]]:
+    def run(config: Config, dataset: Dataset, batches: int) -> tuple[list[dict], dict]:
+        memory.reset_peak()
+        before = memory.resident()
+        metrics = kind(config, dataset, batches).fit()
+        above = None if before is None else max(0, memory.peak() - before)
+        return metrics, {"peak_mb": "" if above is None else round(above / 1e6), "state_bytes": 0, "dense_bytes": 0}
+
+    return run
+
+
+PEERS = {
+    "cluster-gcn": _runner(ClusterGCN),
+    "saint-rw": _runner(GraphSAINT),
+    "ns-sage": _runner(NeighbourSampling),
+    "sgc": _runner(SGC),
+    "sign": _runner(SIGN),
+    "lp": _runner(LabelPropagation),
+    "c&s": _runner(CorrectAndSmooth),
+}

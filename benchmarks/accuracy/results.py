@@ -1,0 +1,70 @@
+"""The rows of finished runs: benchmarks/results/accuracy.csv, one a run, and the courses of some of them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from settings import Cell, Run, trials
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+ROWS, CURVES = FOLDER / "accuracy.csv", FOLDER / "accuracy_curves.csv"
+COLUMNS = [
+    *("dataset", "model", "method", "lr", "changes", "seed", "epochs", "best_epoch"),
+    *("train", "val", "test", "stability", "seconds_epoch", "cpu_seconds_epoch", "cpu_seconds_best"),
+    *("peak_mb", "state_bytes", "dense_bytes", "device", "config"),
+]
+CURVE_COLUMNS = ["config", "seed", "epoch", "cpu_seconds", "val", "test"]
+Rows = dict[tuple[str, int], dict[str, str]]  # by (config, seed)
+
+
+def read() -> Rows:
+    """A repeated run's last row counts."""
+    return {(row["config"], int(row["seed"])): row for row in _read(ROWS)}
+
+
+def read_curves() -> dict[tuple[str, int], list[dict[str, float]]]:
+    """[epoch, CPU seconds of training so far, val, test] by (config, seed)."""
+    curves: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for row in _read(CURVES):
+        points = curves.setdefault((row["config"], int(row["seed"])), [])
+        point = {key: float(row[key]) for key in CURVE_COLUMNS[2:]}
+        if points and point["epoch"] <= points[-1]["epoch"]:  # the run was repeated
+            points.clear()
+        points.append(point)
+    return curves
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def append(run: Run, row: dict, curve: list[dict]) -> None:
+    """Add a finished run; the course of seed 0 is kept too."""
+    about = {"dataset": run.dataset, "model": run.model, "method": run.method, "seed": run.seed, "config": run.config}
+    about["lr"], about["epochs"] = f"{run.lr:g}", run.options["epochs"]
+    about["changes"] = ";".join(f"{key}={value}" for key, value in run.changes)
+    _append(ROWS, COLUMNS, [about | row])
+    if run.seed == 0:
+        _append(CURVES, CURVE_COLUMNS, [{"config": run.config, "seed": 0, **point} for point in curve])
+
+
+def _append(path: Path, columns: list[str], rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def chosen(cell: Cell, rows: Rows) -> Run | None:
+    """The trial with the best validation accuracy; None while trials are missing."""
+    done = [(run, rows.get((run.config, 0))) for run in trials(cell)]
+    if any(row is None for _, row in done):
+        return None
+    return max(done, key=lambda pair: float(pair[1]["val"]))[0]

@@ -1,0 +1,213 @@
+"""What is run: data sets, methods, and the tables made of them. A run is a value; its hash is its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+BATCHES = 10  # mini-batches an epoch: of 10 % of the nodes
+EVALUATIONS = 40  # at most, in a run
+HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated weights
+STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: both at seed 0, the better by validation goes on
+MODELS = ("gcn", "sage", "gat")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every method of a data set shares.
+
+    A mini-batch epoch makes ten steps and a full-batch epoch one, so full batch has more epochs. `guess` is seconds an
+    epoch on one core, for the estimate before anything is measured. Large sets have one step size: no method is tuned.
+    """
+
+    file: str
+    dropout: float
+    full_epochs: int
+    batch_epochs: int
+    seeds: int
+    guess: float
+    options: tuple[tuple[str, Any], ...] = ()
+    step_sizes: tuple[float, ...] = STEP_SIZES
+
+
+PLANETOID = (("weight_decay", 5e-4),)
+SETTINGS = {
+    "cora": Setting("cora", 0.5, 200, 30, 5, 0.15, PLANETOID),
+    "pubmed": Setting("pubmed", 0.5, 200, 30, 5, 0.4, PLANETOID),
+    "dblp-citation": Setting("dblp-citation", 0.5, 200, 30, 5, 0.5),
+    "amazon-photo": Setting("amazon-photo", 0.5, 200, 60, 5, 0.2),
+    "minesweeper": Setting("minesweeper", 0.2, 600, 120, 5, 0.2, (("metric", "auc"),)),
+    "amazon-computers": Setting("amazon-computers", 0.3, 300, 240, 3, 0.4),
+    "coauthor-physics": Setting("coauthor-physics", 0.5, 60, 30, 3, 5.0, step_sizes=(0.003,)),
+    "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0, step_sizes=(0.01,)),
+    "ogbn-arxiv-ranks35": Setting(
+        "ogbn-arxiv-tape", 0.3, 100, 30, 1, 3.0, (("features", "80:200"),), step_sizes=(0.01,)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables. `trainer`: run by `vqgnn train`; else by `peers.py`, with PyG's own loaders and convs.
+
+    options: of `vqgnn.config.Config`, over the setting's. shared: whether it ignores the model. needs: the only model
+    that it is for. lacks: data sets that it is not run on. epochs: as a share of the setting's mini-batch epochs, or
+    None for the full-batch number. step_sizes: where a paper fixes them.
+    """
+
+    label: str
+    options: tuple[tuple[str, Any], ...] = ()
+    trainer: bool = True
+    shared: bool = False
+    needs: str | None = None
+    lacks: tuple[str, ...] = ()
+    epochs: float | None = 1.0
+    step_sizes: tuple[float, ...] | None = None
+
+
+def _ours(label: str, method: str, sampler: str = "node", **options: Any) -> Method:
+    return Method(label, (("method", method), ("sampler", sampler), *options.items()))
+
+
+CODEC = "pq:d=4,k=256"
+METHODS = {
+    "full": Method("full batch", (("method", "full"),), epochs=None),
+    "vq": _ours("ours: vq, random nodes", "vq", codec=CODEC),
+    "vq-cluster": _ours("ours: vq, clusters", "vq", "cluster", codec=CODEC),
+    "gas": _ours("GAS, fp32 rows, clusters", "gas", "cluster"),
+    "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster"),
+    # Ding et al., appendix F: RMSprop with 3e-3, codes of the features too (K = 256, of which they say that it works as
+    # well as their 1024: here that is more than a small set's batch has nodes); the last iterate, and inference
+    # in mini-batches with the codes of training
+    "vq-paper": replace(
+        _ours(
+            "VQ-GNN as published", "vq", codec=CODEC, optimizer="rmsprop", schedule="constant",
+            average=0.0, input="codes", inference="stale",
+        ),
+        step_sizes=(0.003,),
+        lacks=("coauthor-physics",),  # codes of 8,415 features a node: 2,104 codebooks
+    ),
+    "drop": _ours("no halo, exact input layer, random nodes", "drop"),
+    "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
+    "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
+    "saint-rw": Method("GraphSAINT-RW (PyG)", trainer=False),
+    "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, needs="sage", epochs=0.25),
+    "mlp": Method("MLP", (("model", "mlp"), ("sampler", "node")), shared=True),
+    "sgc": Method("SGC", trainer=False, shared=True, epochs=None),
+    "sign": Method("SIGN", trainer=False, shared=True),
+    "lp": Method("label propagation", trainer=False, shared=True, epochs=0.0),
+    "c&s": Method("MLP + Correct & Smooth", trainer=False, shared=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `changes` to the method's options make the ablations."""
+
+    dataset: str
+    model: str
+    method: str
+    seed: int
+    lr: float
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def setting(self) -> Setting:
+        return SETTINGS[self.dataset]
+
+    @property
+    def what(self) -> Method:
+        return METHODS[self.method]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Of `vqgnn.config.Config`, but for the data file and the threads; `batches` stands for the batch size."""
+        setting, method = self.setting, self.what
+        epochs = setting.full_epochs if method.epochs is None else math.ceil(setting.batch_epochs * method.epochs)
+        options = {
+            "model": "gcn" if method.shared else self.model,
+            "hidden": HIDDEN,
+            "layers": LAYERS,
+            "lr": self.lr,
+            "dropout": setting.dropout,
+            "average": AVERAGE,
+            "epochs": max(1, epochs),
+            "seed": self.seed,
+            "batches": BATCHES,
+            **dict(setting.options),
+            **dict(method.options),
+            **dict(self.changes),
+        }
+        options.setdefault("eval_every", math.ceil(options["epochs"] / EVALUATIONS))
+        if options.get("method") == "full":
+            del options["batches"]
+        return options
+
+    @cached_property
+    def config(self) -> str:
+        """Hash of all that decides the result, but for the seed."""
+        options = {key: value for key, value in self.options.items() if key != "seed"}
+        what = [self.dataset, self.method, sorted(options.items())]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        words = (self.dataset, self.model, self.method, f"lr{self.lr:g}", *(f"{k}={v}" for k, v in self.changes))
+        return "-".join([*filter(None, words), f"seed{self.seed}"])
+
+
+Cell = tuple[str, str, str]  # data set, model ("" where the method ignores it), method
+
+
+def cells(datasets: Iterable[str], models: Iterable[str], methods: Iterable[str]) -> Iterator[Cell]:
+    for dataset in datasets:
+        for method in methods:
+            what = METHODS[method]
+            if dataset in what.lacks:
+                continue
+            for model in [""] if what.shared else models:
+                if what.needs in (None, model):
+                    yield dataset, model, method
+
+
+def trials(cell: Cell) -> list[Run]:
+    """The runs among which validation accuracy chooses a cell's step size."""
+    return [Run(*cell, 0, lr) for lr in METHODS[cell[2]].step_sizes or SETTINGS[cell[0]].step_sizes]
+
+
+# The ablations of Ding et al., appendix G, and ours: what is changed of "vq" on one data set, and its values.
+ABLATION_DATASET, ABLATION_MODEL, ABLATION_LR = "amazon-computers", "gcn", 0.01
+ABLATION_BASE = (("epochs", 120),)
+ABLATIONS: dict[str, list[tuple[str, tuple[tuple[str, Any], ...]]]] = {
+    "layers": [(str(n), (("layers", n),)) for n in (1, 2, 3, 4, 5)],
+    "codewords K": [(str(k), (("codec", f"pq:d=4,k={k}"),)) for k in (64, 256, 1024, 4096)],
+    "channels a branch d": [(str(d), (("codec", f"pq:d={d},k=256"),)) for d in (2, 4, 8)],
+    "batches an epoch": [(f"{n} ({100 / n:.0f} %)", (("batches", n),)) for n in (20, 10, 5, 2)],
+    "sampler": [(name, (("sampler", name),)) for name in ("node", "cluster", "edge", "walk")],
+    "whitening": [("on", ()), ("off", (("whiten", False),))],
+    "gradient codewords": [("on", ()), ("off", (("grad", "off"),))],
+    "averaged weights": [("on", ()), ("off", (("average", 0.0),))],
+    "step size": [("cosine", ()), ("constant", (("schedule", "constant"),)), ("warm-up", (("warmup_epochs", 5.0),))],
+    "BatchNorm statistics": [("running", ()), ("exact pass", (("norms", "exact"),))],
+    "optimizer": [("Adam", ()), ("RMSprop", (("optimizer", "rmsprop"),))],
+    "input layer": [("C X, exact", ()), ("codes", (("input", "codes"),))],
+    "store": [
+        ("vq, 32 bytes", ()),
+        ("gas fp32", (("method", "gas"), ("codec", "fp32"))),
+        ("gas int4", (("method", "gas"), ("codec", "int4"))),
+        ("lmc fp32", (("method", "lmc"), ("codec", "fp32"))),
+        ("lmc int4", (("method", "lmc"), ("codec", "int4"))),
+    ],
+    "exact sweep of the store": [("never", ()), ("every epoch", (("refresh_every", 1),))],
+    "inference": [("exact", ()), ("codes, layer by layer", (("inference", "vq"),)),
+                  ("codes of training", (("inference", "stale"),))],
+}  # fmt: skip
+
+
+def ablation(changes: tuple[tuple[str, Any], ...], seed: int = 0) -> Run:
+    return Run(ABLATION_DATASET, ABLATION_MODEL, "vq", seed, ABLATION_LR, ABLATION_BASE + changes)

@@ -1,0 +1,138 @@
+"""One run in a process of its own: `execute(run)` gives its row and its course."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import PEERS
+from settings import BATCHES, Run
+
+from vqgnn import datasets
+from vqgnn.config import Config
+from vqgnn.files import atomic_write
+from vqgnn.runs import Run as RunFolder
+from vqgnn.train import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "accuracy"
+_LAST = 0.2  # share of the epochs over which stability is measured
+
+
+def shared_data() -> Path:
+    """The folder `shared/data` beside the checkout or above it."""
+    for parent in ROOT.parents:
+        if (parent / "shared" / "data" / "load.py").exists():
+            return parent / "shared" / "data"
+    raise FileNotFoundError("no folder shared/data beside this checkout or above it, which holds the data sets")
+
+
+def dataset_file(run: Run) -> Path:
+    """The `.npz` of a data set. Coauthor counts become 0/1, as PyG has them, in a copy."""
+    source = shared_data() / f"{run.setting.file}.npz"
+    if not run.dataset.startswith("coauthor"):
+        return source
+    path = RUNS / "data" / f"{run.dataset}-binary.npz"
+    if not path.exists():
+        with np.load(source) as file:
+            arrays = dict(file)
+        arrays["x_data"] = (arrays["x_data"] > 0).astype(np.uint8)
+        with atomic_write(path) as handle:
+            np.savez_compressed(handle, **arrays)
+    return path
+
+
+def config_of(run: Run, threads: int) -> Config:
+    """A run as `vqgnn train` would be told it."""
+    options = {key: value for key, value in run.options.items() if key in {f.name for f in fields(Config)}}
+    path = dataset_file(run)
+    if "batches" in run.options:
+        with np.load(path) as arrays:
+            options["batch_size"] = math.ceil(arrays["y"].shape[0] / run.options["batches"])
+    return Config(dataset=str(path), threads=threads, **options)
+
+
+def execute(run: Run, threads: int = 1) -> tuple[dict, list[dict]]:
+    """(row, course) of a run; one that was interrupted goes on from its last epoch where it is ours."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    config = config_of(run, threads)
+    dataset = datasets.of_config(config)
+    if not run.what.trainer:
+        metrics, costs = PEERS[run.method](config, dataset, run.options.get("batches", BATCHES))
+    else:
+        metrics, costs = _train(run, config, dataset)
+    return _row(metrics, dataset.metric if config.metric == "auto" else config.metric) | costs, _course(metrics)
+
+
+def _train(run: Run, config: Config, dataset: datasets.Dataset) -> tuple[list[dict], dict]:
+    path = RUNS / f"{run.name}-{run.config}"
+    state, folder = None, None
+    if (path / "config.json").exists():
+        folder = RunFolder(path)
+        if folder.checkpoint_path.exists():
+            state = folder.load_checkpoint(dataset.fingerprint())
+    trainer = Trainer(config, dataset, fill=state is None, folder=RunFolder.state_folder(path))
+    if state is not None:
+        trainer.load_state_dict(state, folder)
+    folder = folder or RunFolder.create(path, config)
+    summary = trainer.fit(folder)
+    folder.checkpoint_path.unlink()  # the row is what stays: a hundred checkpoints are gigabytes
+    costs = {
+        "peak_mb": round(summary["memory_above_data"] / 1e6),
+        "state_bytes": summary["store_bytes"],
+        "dense_bytes": summary["store_bytes_fp32"],
+    }
+    return folder.metrics(), costs
+
+
+def _row(metrics: list[dict], metric: str) -> dict:
+    """Validation picks the epoch. Stability: the test score's standard deviation over the last epochs, in points."""
+    evaluated = [epoch for epoch in metrics if f"val_{metric}" in epoch]
+    best = max(evaluated, key=lambda epoch: epoch[f"val_{metric}"])
+    last = [100 * e[f"test_{metric}"] for e in evaluated if e["epoch"] > (1 - _LAST) * metrics[-1]["epoch"]]
+    scores = {split: round(best[f"{split}_{metric}"], 5) for split in ("train", "val", "test")}
+    return scores | {
+        "best_epoch": best["epoch"],
+        "stability": round(statistics.pstdev(last), 3) if len(last) > 1 else "",
+        "seconds_epoch": round(statistics.median(epoch["seconds"] for epoch in metrics), 4),
+        "cpu_seconds_epoch": round(statistics.median(epoch["cpu_seconds"] for epoch in metrics), 4),
+        "cpu_seconds_best": round(sum(e["cpu_seconds"] for e in metrics if e["epoch"] <= best["epoch"]), 3),
+        "device": _device(),
+    }
+
+
+def _course(metrics: list[dict]) -> list[dict]:
+    total, points = 0.0, []
+    for epoch in metrics:
+        total += epoch["cpu_seconds"]
+        score = {
+            key.partition("_")[0]: round(value, 5) for key, value in epoch.items() if key.startswith(("val_", "test_"))
+        }
+        if score:
+            points.append({"epoch": epoch["epoch"], "cpu_seconds": round(total, 3), **score})
+    return points
+
+
+def _device() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()} x {torch.get_num_threads()} threads"
+    return platform.processor()
+
+
+def in_child(run: Run, threads: int, pipe) -> None:
+    """For a process of the pool: the result, or the error in a line."""
+    try:
+        pipe.send(execute(run, threads))
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+    finally:
+        pipe.close()
