@@ -1,0 +1,447 @@
+"""Tables and plots from the rows that are there: docs/results.md, and plots in benchmarks/results/plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import results
+from settings import (
+    ABLATION_DATASET,
+    ABLATION_LR,
+    ABLATION_MODEL,
+    ABLATIONS,
+    HIDDEN,
+    METHODS,
+    MODELS,
+    SETTINGS,
+    TIMED,
+    TIMED_DATASET,
+    TIMED_MODEL,
+    TIMED_SHARE,
+    Cell,
+    Run,
+    ablation,
+    timed,
+    trials,
+)
+
+from vqgnn.files import atomic_write
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, PLOTS = ROOT / "docs" / "results.md", results.FOLDER / "plots"
+OURS = "vq"
+PEERS = ("gas", "lmc", "cluster-gcn", "saint-rw", "ns-sage", "vq-paper")
+TRAINED = [name for name, method in METHODS.items() if not method.shared]
+CHEAP = [name for name, method in METHODS.items() if method.shared]
+NOISE = 0.3  # points: differences below are not told apart
+
+
+class Table:
+    """What the rows say of a cell: its chosen run at every seed that is there."""
+
+    def __init__(self, rows: results.Rows):
+        self.rows = rows
+
+    def runs(self, cell: Cell) -> list[dict[str, str]]:
+        best = results.chosen(cell, self.rows) or self._only(cell)
+        if best is None:
+            return []
+        found = (self.rows.get((best.config, seed)) for seed in range(SETTINGS[cell[0]].seeds))
+        return [row for row in found if row]
+
+    def _only(self, cell: Cell) -> Run | None:
+        """A trial that is there while another is missing."""
+        return next((run for run in trials(cell) if (run.config, 0) in self.rows), None)
+
+    def values(self, cell: Cell, column: str = "test", scale: float = 100) -> list[float]:
+        return [scale * float(row[column]) for row in self.runs(cell) if row[column] != ""]
+
+    def mean(self, cell: Cell, column: str = "test", scale: float = 100) -> float | None:
+        values = self.values(cell, column, scale)
+        return statistics.mean(values) if values else None
+
+    def text(self, cell: Cell) -> str:
+        values = self.values(cell)
+        if not values:
+            return "-"
+        return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def cells_of(table: Table, method: str = OURS) -> list[Cell]:
+    """Every data set and model that both this method and full batch have."""
+    pairs = [(dataset, model) for model in MODELS for dataset in SETTINGS]
+    return [
+        (dataset, model, method)
+        for dataset, model in pairs
+        if table.values((dataset, model, method)) and table.values((dataset, model, "full"))
+    ]
+
+
+def main_table(table: Table, model: str) -> str:
+    rows = []
+    for dataset in SETTINGS:
+        texts = [table.text((dataset, model, method)) for method in TRAINED]
+        if any(text != "-" for text in texts):
+            seeds = sorted({len(table.values((dataset, model, m))) for m in TRAINED} - {0})
+            count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+            rows.append([dataset, *texts, count])
+    return markdown(["test, %", *(METHODS[m].label for m in TRAINED), "seeds"], rows)
+
+
+def cheap_table(table: Table) -> str:
+    rows = [[d, *(table.text((d, "", m)) for m in CHEAP)] for d in SETTINGS]
+    return markdown(["test, %", *(METHODS[m].label for m in CHEAP)], [r for r in rows if set(r[1:]) != {"-"}])
+
+
+def differences(table: Table, method: str) -> list[tuple[Cell, float]]:
+    """Ours minus this method, in points of test accuracy, wherever both are."""
+    found = []
+    for dataset, model, _ in cells_of(table):
+        other = table.mean((dataset, model, method))
+        if other is not None:
+            found.append(((dataset, model, OURS), table.mean((dataset, model, OURS)) - other))
+    return found
+
+
+def against_full(table: Table) -> str:
+    rows = []
+    for model in MODELS:
+        for method in (OURS, "vq-cluster"):
+            cells = [cell for cell in cells_of(table, method) if cell[1] == model]
+            found = [(table.mean(cell) - table.mean((*cell[:2], "full")), cell[0]) for cell in cells]
+            if found:
+                worst, where = min(found)
+                mean = statistics.mean(value for value, _ in found)
+                row = [model.upper(), METHODS[method].label, f"{mean:+.2f}", f"{worst:+.2f} ({where})"]
+                rows.append([*row, str(len(found))])
+    return markdown(["model", "method", "mean of ours - full", "worst", "data sets"], rows)
+
+
+def against_peers(table: Table) -> str:
+    rows = []
+    for method in PEERS:
+        found = differences(table, method)
+        if not found:
+            continue
+        values = [value for _, value in found]
+        worst = min(found, key=lambda pair: pair[1])
+        equal = sum(value > -NOISE for value in values)
+        where = f"{worst[0][0]}, {worst[0][1].upper()}"
+        rows.append([
+            METHODS[method].label, f"{statistics.mean(values):+.2f}", f"{equal} of {len(values)}",
+            f"{worst[1]:+.2f} ({where})",
+        ])  # fmt: skip
+    return markdown(["peer", "ours - peer, mean", f"no more than {NOISE} below", "worst"], rows)
+
+
+def state_table(table: Table) -> str:
+    rows = []
+    for dataset in SETTINGS:
+        cell = (dataset, "gcn", OURS)
+        state, dense = table.mean(cell, "state_bytes", 1), table.mean(cell, "dense_bytes", 1)
+        if not state:
+            continue
+        peak = [table.mean((dataset, "gcn", m), "peak_mb", 1) for m in ("full", OURS, "gas", "cluster-gcn", "saint-rw")]
+        peaks = ["-" if p is None else f"{p:.0f}" for p in peak]
+        rows.append([dataset, f"{state / 1e6:.2f}", f"{dense / 1e6:.2f}", f"1/{dense / state:.1f}", *peaks])
+    head = ["GCN", "state of ours, MB", "fp32 histories, MB", "ours to GAS", "peak MB: full", "ours", "GAS"]
+    return markdown([*head, "Cluster-GCN", "GraphSAINT"], rows)
+
+
+def stability_table(table: Table) -> str:
+    methods = ("full", OURS, "vq-cluster", "gas", "lmc", "vq-paper")
+    rows = []
+    for model in MODELS:
+        for dataset in SETTINGS:
+            values = [table.mean((dataset, model, m), "stability", 1) for m in methods]
+            if values[1] is not None:
+                rows.append([f"{dataset}, {model.upper()}", *("-" if v is None else f"{v:.2f}" for v in values)])
+    return markdown(["points", *(METHODS[m].label for m in methods)], rows)
+
+
+def time_to(curve: list[dict[str, float]], goal: float) -> tuple[float, float] | None:
+    """(CPU seconds, epochs) of training until validation reaches the goal."""
+    return next(((p["cpu_seconds"], p["epoch"]) for p in curve if p["val"] >= goal), None)
+
+
+def timed_table(rows: results.Rows, curves: dict) -> str:
+    full = rows.get((timed("full batch").config, 0))
+    if full is None:
+        return "Not run yet."
+    goal, lines = TIMED_SHARE * float(full["val"]), []
+    for label in TIMED:
+        run = timed(label)
+        row, curve = rows.get((run.config, 0)), curves.get((run.config, 0), [])
+        if row is None or not curve:
+            continue
+        reached = time_to(curve, goal)
+        when = "not reached" if reached is None else f"{reached[0]:.0f}"
+        epochs = "" if reached is None else f"{reached[1]:.0f}"
+        lines.append([
+            label, when, epochs, f"{float(row['cpu_seconds_epoch']):.2f}", f"{100 * float(row['val']):.2f}",
+            f"{100 * float(row['test']):.2f}",
+        ])  # fmt: skip
+    head = [
+        f"{TIMED_DATASET}, {TIMED_MODEL.upper()}",
+        f"CPU s to {100 * goal:.2f} % validation",
+        "epochs",
+        "CPU s an epoch",
+    ]
+    return markdown([*head, "best validation", "its test"], lines)
+
+
+def ablation_table(rows: results.Rows, name: str) -> str:
+    lines = []
+    for label, changes in ABLATIONS[name]:
+        row = rows.get((ablation(changes).config, 0))
+        if row is not None:
+            state = float(row["state_bytes"]) / 1e6
+            lines.append([
+                label, f"{100 * float(row['val']):.2f}", f"{100 * float(row['test']):.2f}",
+                row["stability"] and f"{float(row['stability']):.2f}", f"{float(row['cpu_seconds_epoch'] or 0):.2f}",
+                f"{state:.2f}",
+            ])  # fmt: skip
+    return markdown([name, "validation", "test", "stability", "CPU s an epoch", "state, MB"], lines) if lines else ""
+
+
+def chosen_table(table: Table) -> str:
+    rows = []
+    for dataset, setting in SETTINGS.items():
+        if len(setting.step_sizes) < 2:
+            continue
+        for model in MODELS:
+            best = [results.chosen((dataset, model, m), table.rows) for m in TRAINED]
+            if any(best):
+                rows.append([f"{dataset}, {model.upper()}", *("-" if b is None else f"{b.lr:g}" for b in best)])
+    return markdown(["step size", *(METHODS[m].label for m in TRAINED)], rows)
+
+
+def plot_time(rows: results.Rows, curves: dict) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label in TIMED:
+        curve = curves.get((timed(label).config, 0))
+        if curve:
+            best, points = 0.0, []
+            for point in curve:
+                best = max(best, point["val"])
+                points.append((point["cpu_seconds"], 100 * best))
+            axis.plot(*zip(*points, strict=True), label=label, lw=2 if label.startswith("ours") else 1.2)
+    axis.set(xlabel="CPU seconds of training", ylabel="best validation accuracy so far, %", xscale="log")
+    axis.set_ylim(bottom=60)
+    axis.set_title(f"{TIMED_DATASET}, {TIMED_MODEL.upper()}, one thread")
+    axis.legend(fontsize=8)
+    _save(figure, "accuracy-time")
+
+
+def plot_memory(table: Table) -> None:
+    dataset = TIMED_DATASET
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for model, marker in zip(MODELS, "osv", strict=True):
+        for number, method in enumerate(TRAINED):
+            cell = (dataset, model, method)
+            if table.values(cell) and table.values(cell, "peak_mb", 1):
+                x, y = table.mean(cell, "peak_mb", 1), table.mean(cell)
+                axis.scatter(
+                    x, y, marker=marker, color=f"C{number % 10}", label=f"{METHODS[method].label}, {model.upper()}"
+                )
+    axis.set(xlabel="peak memory above the data, MB", ylabel="test accuracy, %", title=dataset)
+    axis.legend(fontsize=6, ncols=2)
+    _save(figure, "accuracy-memory")
+
+
+def plot_ablations(rows: results.Rows) -> None:
+    names = [name for name in ABLATIONS if ablation_table(rows, name)]
+    if not names:
+        return
+    columns = 4
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(13, 2.6 * -(-len(names) // columns)), layout="constrained"
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        found = [(label, rows.get((ablation(changes).config, 0))) for label, changes in ABLATIONS[name]]
+        found = [(label, 100 * float(row["test"])) for label, row in found if row]
+        axis.bar([label for label, _ in found], [value for _, value in found], color="C0")
+        low = min(value for _, value in found)
+        axis.set_ylim(low - max(1.0, 0.1 * (94 - low)), 94)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    _save(figure, "ablations")
+
+
+def _save(figure, name: str) -> None:
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        figure.savefig(PLOTS / f"{name}.{kind}", dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    plt.close(figure)
+
+
+def targets(table: Table, rows: results.Rows, curves: dict) -> str:
+    found = [
+        _against_full_batch(table),
+        _against_all_peers(table),
+        _bytes_of_state(table),
+        _stable(table),
+        _fast(rows, curves),
+        _ablated(rows),
+    ]
+    lines = [[str(number), *line] for number, line in enumerate(found, 1) if line]
+    return markdown(["#", "target", "measured", ""], lines)
+
+
+def _against_full_batch(table: Table) -> list[str] | None:
+    values = [value for _, value in differences(table, "full")]
+    if not values:
+        return None
+    mean, worst = statistics.mean(values), min(values)
+    return [
+        "ours - full batch: mean at least -0.3, none below -1.0",
+        f"mean {mean:+.2f}, worst {worst:+.2f}, of {len(values)} data sets and models",
+        _verdict(mean >= -0.3 and worst >= -1.0),
+    ]
+
+
+def _against_all_peers(table: Table) -> list[str] | None:
+    found = {peer: [value for _, value in differences(table, peer)] for peer in PEERS if peer != "vq-paper"}
+    found = {peer: values for peer, values in found.items() if values}
+    if not found:
+        return None
+    below = sum(value < -NOISE for values in found.values() for value in values)
+    means = {METHODS[peer].label: statistics.mean(values) for peer, values in found.items()}
+    return [
+        "ours - peers: at least equal on every set, better on average",
+        ", ".join(f"{label} {mean:+.2f}" for label, mean in means.items())
+        + f"; more than {NOISE} below in {below} of {sum(map(len, found.values()))} comparisons",
+        _verdict(not below and min(means.values()) > 0),
+    ]
+
+
+def _bytes_of_state(table: Table) -> list[str] | None:
+    """Of a node: codes and the step at which they were written. Codebooks are the same for any graph."""
+    ratios = [
+        (table.mean(cell, "dense_bytes", 1) / table.mean(cell, "state_bytes", 1), cell[0]) for cell in cells_of(table)
+    ]
+    if not ratios:
+        return None
+    node, dense = HIDDEN // 4 + 4, 4 * HIDDEN
+    (least, where), (most, best) = min(ratios), max(ratios)
+    return [
+        "state at most 1/8 of fp32 histories",
+        f"{node} bytes a node and layer (codes and their age), 1/{dense / node:.1f}; with the codebooks, which a small "
+        f"graph cannot share out, 1/{least:.1f} ({where}) to 1/{most:.1f} ({best})",
+        _verdict(dense / node >= 8),
+    ]
+
+
+def _stable(table: Table) -> list[str] | None:
+    spread = [(table.mean(cell, "stability", 1), cell) for cell in cells_of(table)]
+    spread = [(value, cell) for value, cell in spread if value is not None]
+    if not spread:
+        return None
+    worst, cell = max(spread)
+    over = sum(value > 0.3 for value, _ in spread)
+    return [
+        "standard deviation over the last 20 % of epochs at most 0.3 points",
+        f"worst {worst:.2f} ({cell[0]}, {cell[1].upper()}); above 0.3 in {over} of {len(spread)}",
+        _verdict(not over),
+    ]
+
+
+def _fast(rows: results.Rows, curves: dict) -> list[str] | None:
+    times = {label: _reached(rows, curves, label) for label in TIMED}
+    ours = [seconds for label, seconds in times.items() if seconds is not None and label.startswith("ours")]
+    others = {label: t for label, t in times.items() if t is not None and not label.startswith("ours")}
+    if not ours or not others:
+        return None
+    return [
+        "CPU time to 99 % of full batch's best validation accuracy below full batch's and GraphSAINT-RW's",
+        f"ours {min(ours):.0f} s; " + ", ".join(f"{label} {seconds:.0f} s" for label, seconds in others.items()),
+        _verdict(min(ours) < min(others.values())),
+    ]
+
+
+def _reached(rows: results.Rows, curves: dict, label: str) -> float | None:
+    full = rows.get((timed("full batch").config, 0))
+    curve = curves.get((timed(label).config, 0))
+    if full is None or curve is None:
+        return None
+    found = time_to(curve, TIMED_SHARE * float(full["val"]))
+    return None if found is None else found[0]
+
+
+def _ablated(rows: results.Rows) -> list[str]:
+    done = sum(bool(ablation_table(rows, name)) for name in ABLATIONS)
+    return ["an ablation table each", f"{done} of {len(ABLATIONS)} tables", _verdict(done == len(ABLATIONS))]
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+INTRO = """# Accuracy on real graphs
+
+Made by two commands, from the rows in `benchmarks/results/accuracy.csv`:
+
+```bash
+pip install -c constraints.txt -e ".[bench]"     # and, for PyG's samplers, what benchmarks/accuracy/peers.py names
+python benchmarks/accuracy run                   # resumable; --dry-run says what is missing, and for how long
+python benchmarks/accuracy render                # this page and its plots
+```
+
+Test accuracy in % (minesweeper: area under the ROC curve) at the best validation epoch, by exact inference with
+averaged weights unless a row says otherwise; mean and standard deviation over seeds where there are several. Models:
+3 x 128, BatchNorm, Adam with a cosine step size; 10 batches an epoch. All methods of a data set share dropout, weight
+decay and mini-batch epochs; full batch, which makes one step an epoch, has more epochs. **Tuning budget**, the same
+for every method: the step sizes 0.01 and 0.003 at seed 0, the better by validation goes on; one step size for all on
+coauthor-physics, debian-bookworm and ogbn-arxiv-ranks35 (`benchmarks/accuracy/settings.py`). Peers are PyG's loaders
+and convs trained by the same loop, so that averaged weights and the schedule are theirs too. GAS and LMC run on our
+kernels. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""
+
+LESSONS: dict[str, str] = {}
+
+
+def render() -> int:
+    """Write the page and its plots."""
+    rows, curves = results.read(), results.read_curves()
+    table = Table(rows)
+    plot_time(rows, curves)
+    plot_memory(table)
+    plot_ablations(rows)
+    image = "../benchmarks/results/plots"
+    parts = [INTRO, "## Targets", targets(table, rows, curves), "## Every method"]
+    for model in MODELS:
+        if cells_of(table) and any(cell[1] == model for cell in cells_of(table)):
+            parts += [f"### {model.upper()}", main_table(table, model)]
+    parts += ["### Reference points", cheap_table(table)]
+    parts += ["## Ours against full batch", against_full(table), "## Ours against its peers", against_peers(table)]
+    parts += ["## Memory", state_table(table), f"![accuracy against memory]({image}/accuracy-memory.png)"]
+    parts += ["## Time to accuracy", timed_table(rows, curves), f"![accuracy against time]({image}/accuracy-time.png)"]
+    parts += ["## Stability", "Standard deviation of test accuracy over the last 20 % of the epochs, in points.",
+              stability_table(table)]  # fmt: skip
+    base = ablation(())
+    parts.append("## Ablations")
+    parts.append(
+        f"{ABLATION_DATASET}, {ABLATION_MODEL.upper()}, `vq`, {base.options['epochs']} epochs, step size "
+        f"{ABLATION_LR}, one seed: differences below half a point are noise."
+    )
+    for name in ABLATIONS:
+        if text := ablation_table(rows, name):
+            parts += [text] + [LESSONS[name]] * (name in LESSONS)
+    parts += [f"![ablations]({image}/ablations.png)", "## Step sizes chosen", chosen_table(table)]
+    PAGE.parent.mkdir(exist_ok=True)
+    with atomic_write(PAGE) as handle:
+        handle.write(("\n\n".join(part for part in parts if part) + "\n").encode())
+    print(f"wrote {PAGE.relative_to(ROOT)} and {PLOTS.relative_to(ROOT)}/")
+    return 0

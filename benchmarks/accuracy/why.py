@@ -1,0 +1,225 @@
+"""Why mini-batches on stale state go wrong: what docs/why.md shows.
+
+    python benchmarks/accuracy/why.py                       # rows to results/why.csv, plots to results/plots
+
+Trains GCN 3 x 128 on amazon-computers and, every few epochs, compares with the truth: one pass over the whole graph in
+training mode (BatchNorm's statistics of all nodes) with the present weights and without dropout.
+
+- What a batch reads of its halo: the relative error |X~ - X| / |X| of each layer's store over all nodes; of it
+  quantisation, with fresh codes of X; and how large it would be if a node's row had been kept as decoded when its codes
+  were written ("frozen"), or as it was, in full ("stale rows").
+- The gradient: of the ten batches' losses, each from a copy of the present state, against the full-batch gradient.
+- BatchNorm: the running statistics against those of all nodes.
+- Validation accuracy of the last weights and of their average, by exact inference, and by codes of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import sys
+
+import matplotlib
+import results
+import torch
+import worker
+from settings import Run
+from torch import Tensor, nn
+
+import vqgnn
+from vqgnn import datasets
+from vqgnn.files import atomic_write
+from vqgnn.inference import layerwise
+from vqgnn.loader import BatchLoader
+from vqgnn.store import NodeStore
+from vqgnn.train import Trainer, build_model
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DATASET, MODEL, LR = "amazon-computers", "gcn", 0.01
+METHODS = {
+    "vq": {"method": "vq"},
+    "vq, gradients off": {"method": "vq", "grad": "off"},
+    "gas fp32": {"method": "gas"},
+    "lmc fp32": {"method": "lmc"},
+    "no halo": {"method": "drop"},
+}
+ROWS = results.FOLDER / "why.csv"
+COLUMNS = ["method", "dropout", "epoch", "layer", "what", "value"]
+
+
+class Watch:
+    """Keeps, beside a store, every node's last pushed row, as it was and as it decoded then."""
+
+    def __init__(self, store: NodeStore):
+        self.store = store
+        self.rows = store.pull()
+        self.decoded = self.rows.clone()
+        self._push, store.push = store.push, self.push
+
+    def push(self, n_id: Tensor, x: Tensor, *more) -> None:
+        self._push(n_id, x, *more)
+        self.rows[n_id] = x
+        self.decoded[n_id] = self.store.pull(n_id)
+
+
+class Truth:
+    """The present weights on the whole graph: inputs of every conv, gradient, and BatchNorm's statistics."""
+
+    def __init__(self, trainer: Trainer):
+        config = trainer.config
+        model = build_model(config, trainer.data.num_features, trainer.task.out_channels)
+        model.load_state_dict(trainer.model.state_dict())
+        vqgnn.convert(model, trainer.data, method="full")
+        self.inputs: list[Tensor] = []
+        for norm in batch_norms(model):
+            norm.momentum = 1.0
+        for conv in model.convs:
+            conv.register_forward_pre_hook(lambda conv, given: self.inputs.append(given[0].detach()))
+        without_dropout(model)
+        (batch,) = BatchLoader(trainer.data, trainer.data.num_nodes)
+        (trainer.task.loss_sum(model, batch) / trainer.num_terms).backward()
+        self.gradient = gradient(model)
+        self.statistics = [(norm.running_mean, norm.running_var) for norm in batch_norms(model)]
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+
+
+def without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def batch_gradients(trainer: Trainer) -> Tensor:
+    """[batches, parameters] of the next epoch's batches, nothing of which stays."""
+    found = []
+    trainer.loader.set_epoch(trainer.epoch)
+    for batch in trainer.loader:
+        model = copy.deepcopy(trainer.model)
+        without_dropout(model)
+        model.zero_grad()
+        (trainer.task.loss_sum(model, batch) / trainer.num_terms).backward()
+        found.append(gradient(model))
+    return torch.stack(found)
+
+
+def relative(error: Tensor, truth: Tensor) -> float:
+    return float(error.norm() / truth.norm())
+
+
+def measure(trainer: Trainer, watches: dict[str, Watch]) -> dict[tuple[int, str], float]:
+    """(layer, what) -> value; layer 0 where it is of the whole model."""
+    truth, found = Truth(trainer), {}
+    for layer, (name, store) in enumerate(trainer.stores.items(), start=2):
+        exact, watch = truth.inputs[layer - 1], watches[name]
+        found[layer, "error"] = relative(store.pull() - exact, exact)
+        found[layer, "quantisation"] = relative(store.quantised(exact) - exact, exact)
+        found[layer, "frozen"] = relative(watch.decoded - exact, exact)
+        found[layer, "stale rows"] = relative(watch.rows - exact, exact)
+    each = batch_gradients(trainer)
+    total = each.sum(0)
+    found[0, "gradient bias"] = relative(total - truth.gradient, truth.gradient)
+    found[0, "gradient cosine"] = float(torch.cosine_similarity(total, truth.gradient, dim=0))
+    spread = (len(each) * each - total).norm(dim=1).square().mean().sqrt()
+    found[0, "gradient noise"] = float(spread / truth.gradient.norm())
+    for layer, (norm, (mean, var)) in enumerate(
+        zip(batch_norms(trainer.model), truth.statistics, strict=True), start=1
+    ):
+        found[layer, "norm mean"] = float(((norm.running_mean - mean).square() / var).mean().sqrt())
+        found[layer, "norm deviation"] = float((norm.running_var.sqrt() / var.sqrt() - 1).square().mean().sqrt())
+    mask = trainer.data.val_mask
+
+    def accuracy(logits: Tensor) -> float:
+        return float((logits.argmax(1) == trainer.data.y)[mask].float().mean())
+
+    found[0, "last weights"] = accuracy(layerwise(trainer.model, trainer.data))
+    found[0, "averaged weights"] = accuracy(trainer.predict())
+    if trainer.stores:
+        found[0, "averaged weights, codes of training"] = accuracy(trainer.predict("stale"))
+    return found
+
+
+def train(name: str, dropout: float, epochs: int, every: int, schedule: str) -> list[dict]:
+    changes = {**METHODS[name], "dropout": dropout, "epochs": epochs, "schedule": schedule}
+    config = worker.config_of(Run(DATASET, MODEL, "vq", 0, LR, tuple(changes.items() | {("codec", None)})), 1)
+    trainer = Trainer(config, datasets.of_config(config))
+    watches = {name: Watch(store) for name, store in trainer.stores.items()}
+    rows = []
+    for epoch in range(1, epochs + 1):
+        trainer.train_epoch()
+        if epoch % every == 0 or epoch == 1:
+            about = {"method": name, "dropout": dropout, "epoch": epoch}
+            rows += [about | {"layer": layer, "what": what, "value": round(value, 5)}
+                     for (layer, what), value in measure(trainer, watches).items()]  # fmt: skip
+            print(f"{name}, dropout {dropout}: epoch {epoch} of {epochs}", file=sys.stderr)
+    return rows
+
+
+def plot(rows: list[dict]) -> None:
+    """The errors of what is read, the gradient, and the accuracy, by epoch."""
+
+    def course(method: str, layer: int, what: str, dropout: float = 0.0) -> tuple[list[int], list[float]]:
+        found = [r for r in rows if (r["method"], int(r["layer"]), r["what"], float(r["dropout"]))
+                 == (method, layer, what, dropout)]  # fmt: skip
+        return [int(r["epoch"]) for r in found], [float(r["value"]) for r in found]
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
+    for axis, layer in zip(axes[0], (2, 3), strict=False):
+        for what in ("error", "quantisation", "frozen", "stale rows"):
+            axis.plot(*course("vq", layer, what), label=f"vq: {what}")
+        axis.plot(*course("gas fp32", layer, "error"), "k:", label="gas fp32: error")
+        axis.set(title=f"what a batch reads: layer {layer}, no dropout", xlabel="epoch", ylabel="|X~ - X| / |X|")
+    for name in METHODS:
+        axes[0][2].plot(*course(name, 0, "gradient bias"), label=name)
+        axes[1][0].plot(*course(name, 0, "gradient cosine"), label=name)
+    axes[0][2].set(title="gradient of an epoch: error", ylabel="|g - g full| / |g full|", xlabel="epoch", yscale="log")
+    axes[1][0].set(title="gradient of an epoch: cosine with full batch", xlabel="epoch")
+    for layer in (1, 2):
+        axes[1][1].plot(*course("vq", layer, "norm mean"), label=f"vq, layer {layer}: mean, in deviations")
+        axes[1][1].plot(*course("vq", layer, "norm deviation"), "--", label=f"vq, layer {layer}: deviation, relative")
+    axes[1][1].set(title="BatchNorm: running statistics, error", xlabel="epoch", yscale="log")
+    for what in ("last weights", "averaged weights", "averaged weights, codes of training"):
+        axes[1][2].plot(*course("vq", 0, what, 0.3), label=f"vq: {what}")
+    axes[1][2].plot(*course("no halo", 0, "averaged weights", 0.3), "k:", label="no halo: averaged weights")
+    axes[1][2].set(title="validation accuracy, dropout 0.3", xlabel="epoch", ylim=(0.5, 0.95))
+    for axis in axes.flat:
+        axis.legend(fontsize=7)
+    folder = results.FOLDER / "plots"
+    folder.mkdir(exist_ok=True)
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"why.{kind}", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--every", type=int, default=2, help="epochs between measurements")
+    parser.add_argument("--schedule", default="cosine", choices=("cosine", "constant"))
+    parser.add_argument("--plot", action="store_true", help="only draw the rows that are there")
+    args = parser.parse_args()
+    if args.plot:
+        with ROWS.open(newline="") as handle:
+            plot(list(csv.DictReader(handle)))
+        return
+    torch.set_num_threads(1)
+    rows = []
+    for dropout in (0.0, 0.3):
+        for name in METHODS:
+            rows += train(name, dropout, args.epochs, args.every, args.schedule)
+    with atomic_write(ROWS) as handle:
+        lines = [COLUMNS] + [[str(row[key]) for key in COLUMNS] for row in rows]
+        handle.write("".join(",".join(f'"{c}"' if "," in c else c for c in line) + "\n" for line in lines).encode())
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()
