@@ -193,14 +193,17 @@ class GraphSAINT(Peer):
             weight = torch.cat([weight, 1 / (degrees + 1)])
         return sparse(edge_index, n, weight)
 
-    def steps(self) -> Iterator[Step]:
+    def batches_of(self) -> Iterator[tuple[Data, object, Tensor]]:
+        """(subgraph, its normalised matrix, weights [b] of its nodes' losses)."""
         for batch in self.loader:
             # The chance of an edge given its target: PyG's edge_norm is that given the source.
             source, target = batch.edge_index
             weight = batch.edge_weight * batch.edge_norm * batch.node_norm[source] / batch.node_norm[target]
-            graph = self._matrix(batch.edge_index, weight, batch.degree)
-            loss_weight = batch.node_norm * batch.train_mask
-            yield lambda model, b=batch, g=graph, w=loss_weight: _loss_sum(b, model(b.x, g), w)
+            yield batch, self._matrix(batch.edge_index, weight, batch.degree), batch.node_norm * batch.train_mask
+
+    def steps(self) -> Iterator[Step]:
+        for batch, graph, weight in self.batches_of():
+            yield lambda model, b=batch, g=graph, w=weight: _loss_sum(b, model(b.x, g), w)
 
 
 class NeighbourSampling(Peer):

@@ -1,0 +1,150 @@
+"""benchmarks/accuracy: what decides a run's name, which trial goes on, and that the peers are what they claim to be."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture
+def harness(monkeypatch, tmp_path):
+    """Its modules, with a small data set of its own in place of shared/data."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("VQGNN_CACHE", str(tmp_path / "cache"))
+    before = set(sys.modules)
+    import results
+    import settings
+    import worker
+
+    rng, n = np.random.default_rng(0), 120
+    y = np.arange(n) % 3
+    edges = rng.integers(0, n, (2, 600))
+    edges = edges[:, (y[edges[0]] == y[edges[1]]) | (rng.random(600) < 0.2)]
+    split = rng.permutation(n)
+    x = (np.eye(3)[y] + rng.standard_normal((n, 3))).astype(np.float32)
+    masks = {"train_mask": split < 60, "val_mask": (split >= 60) & (split < 90), "test_mask": split >= 90}
+    np.savez(tmp_path / "tiny.npz", x=x, y=y, edge_index=edges, **masks)
+    monkeypatch.setitem(settings.SETTINGS, "tiny", settings.Setting("tiny", 0.0, 6, 3, 2, 0.1))
+    monkeypatch.setattr(worker, "shared_data", lambda: tmp_path)
+    monkeypatch.setattr(worker, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(results, "ROWS", tmp_path / "accuracy.csv")
+    monkeypatch.setattr(results, "CURVES", tmp_path / "curves.csv")
+    threads = torch.get_num_threads()
+    yield settings, results, worker
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:  # `settings` and `results` are names that others may have too
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
+            del sys.modules[name]
+
+
+def test_a_name_is_of_all_that_decides_the_result(harness):
+    settings, _, _ = harness
+    run = settings.Run("tiny", "gcn", "vq", 0, 0.01)
+    assert run.config == settings.Run("tiny", "gcn", "vq", 3, 0.01).config, "seeds share a configuration"
+    others = [
+        settings.Run("tiny", "sage", "vq", 0, 0.01),
+        settings.Run("tiny", "gcn", "gas", 0, 0.01),
+        settings.Run("tiny", "gcn", "vq", 0, 0.003),
+        settings.Run("tiny", "gcn", "vq", 0, 0.01, (("layers", 2),)),
+        settings.Run("cora", "gcn", "vq", 0, 0.01),
+    ]
+    assert len({run.config, *(other.config for other in others)}) == 6
+
+
+def test_validation_chooses_the_step_size(harness):
+    settings, results, _ = harness
+    cell = ("tiny", "gcn", "vq")
+    row = {"train": 1, "stability": "", "best_epoch": 1}
+    for run, val, test in zip(settings.trials(cell), (0.7, 0.8), (0.9, 0.6), strict=True):
+        assert results.chosen(cell, results.read()) is None, "a trial is missing"
+        results.append(run, row | {"val": val, "test": test}, [])
+    assert results.chosen(cell, results.read()).lr == 0.003
+
+
+@pytest.mark.parametrize("method", ["full", "vq", "gas", "mlp"])
+def test_our_rows(harness, method):
+    settings, results, worker = harness
+    model = "" if settings.METHODS[method].shared else "gcn"
+    run = settings.Run("tiny", model, method, 0, 0.01, (("hidden", 8),))
+    row, curve = worker.execute(run)
+    assert 0 <= row["test"] <= 1 and row["cpu_seconds_epoch"] > 0
+    assert row["val"] == max(point["val"] for point in curve) and len(curve) == run.options["epochs"]
+    assert (row["state_bytes"] > 0) == (method in ("vq", "gas"))
+    results.append(run, row, curve)
+    results.append(run, row, curve)
+    kept = results.read()[run.config, 0]
+    assert float(kept["test"]) == row["test"]
+    assert len(results.read_curves()[run.config, 0]) == len(curve), "of a repeated run the last course counts"
+
+
+def peers_of(worker):
+    pytest.importorskip("torch_sparse", reason="PyG's samplers need torch_sparse, which has no wheel")
+    return sys.modules["peers"]
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage", "gat"])
+@pytest.mark.parametrize("method", ["cluster-gcn", "saint-rw", "ns-sage", "sgc", "sign", "lp", "c&s"])
+def test_peers_learn(harness, method, model):
+    settings, _, worker = harness
+    peers_of(worker)
+    shared = settings.METHODS[method].shared
+    if shared and model != "gcn":
+        pytest.skip("knows no model")
+    run = settings.Run("tiny", "" if shared else model, method, 0, 0.03, (("epochs", 60), ("hidden", 16), ("batches", 3)))
+    row, _ = worker.execute(run)
+    assert row["test"] > 0.55, "a third is chance"
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_graphsaint_is_unbiased(harness, model):
+    """Over many subgraphs a node's normalised message has the mean of the whole graph's, its loss the whole weight."""
+    settings, _, worker = harness
+    peers = peers_of(worker)
+    config = worker.config_of(settings.Run("tiny", model, "saint-rw", 0, 0.01), 1)
+    torch.manual_seed(0)
+    dataset = worker.datasets.of_config(config)
+    dataset.data.x = torch.cat([torch.arange(dataset.data.num_nodes)[:, None] * 1.0, torch.rand(120, 1) + 1], 1)
+    peer = peers.GraphSAINT(config, dataset, batches=4)
+    expected = peer.graph @ dataset.data.x[:, 1:]
+    total, visits, weight = torch.zeros(120, 1), torch.zeros(120, 1), torch.zeros(120)
+    for _ in range(400):
+        for batch, graph, loss_weight in peer.batches_of():
+            n_id = batch.x[:, 0].long()
+            total[n_id] += graph @ batch.x[:, 1:]
+            visits[n_id] += 1
+            weight[n_id] += loss_weight
+    mean = total / visits.clamp(min=1)
+    train = dataset.data.train_mask
+    assert (mean - expected).norm() < 0.1 * expected.norm()
+    assert math.isclose(float(weight[train].sum() / 1600), float(train.float().mean()), rel_tol=0.05)
+    assert float(weight[~train].abs().max()) == 0
+
+
+def test_clusters_cover_the_graph(harness):
+    settings, _, worker = harness
+    peers = peers_of(worker)
+    config = worker.config_of(settings.Run("tiny", "gcn", "cluster-gcn", 0, 0.01), 1)
+    peer = peers.ClusterGCN(config, worker.datasets.of_config(config), batches=3)
+    assert len(peer) == 3
+    assert sum(batch.num_nodes for batch in peer.loader) == 120
+
+
+def test_sign_and_sgc_see_powers_of_the_matrix(harness):
+    settings, _, worker = harness
+    peers = peers_of(worker)
+    config = worker.config_of(settings.Run("tiny", "", "sign", 0, 0.01), 1)
+    dataset = worker.datasets.of_config(config)
+    a = torch.zeros(120, 120)
+    source, target = dataset.data.edge_index
+    a[target, source] = 1
+    a.fill_diagonal_(1)
+    scale = a.sum(1).rsqrt()
+    c, x = scale[:, None] * a * scale, dataset.data.x
+    expected = torch.stack([x, c @ x, c @ c @ x, c @ c @ c @ x], 1)
+    torch.testing.assert_close(peers.SIGN(config, dataset, 3).rows, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(peers.SGC(config, dataset, 3).rows, expected[:, 3], rtol=1e-4, atol=1e-5)
