@@ -32,7 +32,7 @@ from vqgnn.train import build_model, learning_rate_factor, moving_average
 FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
 PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
 WALK_LENGTH = 2  # GraphSAINT-RW's steps
-SAMPLE_COVERAGE = 50  # visits a node by which GraphSAINT's normalisation is estimated
+PRESAMPLED = 50  # epochs of subgraphs by which GraphSAINT's normalisation is estimated
 Step = Callable[[nn.Module], Tensor]  # the loss of a batch
 
 
@@ -152,14 +152,24 @@ class GraphSAINT(Peer):
 
     def __init__(self, config: Config, dataset: Dataset, batches: int):
         super().__init__(config, dataset, batches)
+        n, e = self.data.num_nodes, self.data.num_edges
         data = Data(
             x=self.data.x, y=self.data.y, train_mask=self.data.train_mask, edge_index=self.data.edge_index,
-            edge_weight=self._weights(), degree=self.degree,
+            n_id=torch.arange(n), e_id=torch.arange(e),
         )  # fmt: skip
-        self.loader = GraphSAINTRandomWalkSampler(
-            data, math.ceil(data.num_nodes / (batches * (1 + WALK_LENGTH))), WALK_LENGTH, num_steps=batches,
-            sample_coverage=SAMPLE_COVERAGE, log=False,
-        )  # fmt: skip
+        roots = math.ceil(n / (batches * (1 + WALK_LENGTH)))
+        self.loader = GraphSAINTRandomWalkSampler(data, roots, WALK_LENGTH, num_steps=batches, log=False)
+        node_count, edge_count = torch.zeros(n), torch.zeros(e)
+        for _ in range(PRESAMPLED):
+            for batch in self.loader:
+                node_count[batch.n_id] += 1
+                edge_count[batch.e_id] += 1
+        # PyG's own normalisation divides by the chance of an edge given its source, which is not that given its target,
+        # and weighs an edge that was never met by 10,000; here it counts as met once.
+        target = self.data.edge_index[1]
+        self.weight = self._weights() * node_count[target].clamp(min=1) / edge_count.clamp(min=1)
+        chance = node_count.clamp(min=1) / (PRESAMPLED * batches)
+        self.loss_weight = self.data.train_mask / chance / int(self.data.train_mask.sum())
 
     def build(self) -> nn.Module:
         self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
@@ -196,10 +206,8 @@ class GraphSAINT(Peer):
     def batches_of(self) -> Iterator[tuple[Data, object, Tensor]]:
         """(subgraph, its normalised matrix, weights [b] of its nodes' losses)."""
         for batch in self.loader:
-            # The chance of an edge given its target: PyG's edge_norm is that given the source.
-            source, target = batch.edge_index
-            weight = batch.edge_weight * batch.edge_norm * batch.node_norm[source] / batch.node_norm[target]
-            yield batch, self._matrix(batch.edge_index, weight, batch.degree), batch.node_norm * batch.train_mask
+            graph = self._matrix(batch.edge_index, self.weight[batch.e_id], self.degree[batch.n_id])
+            yield batch, graph, self.loss_weight[batch.n_id]
 
     def steps(self) -> Iterator[Step]:
         for batch, graph, weight in self.batches_of():

@@ -42,7 +42,7 @@ SETTINGS = {
     "dblp-citation": Setting("dblp-citation", 0.5, 100, 20, 5, 0.5),
     "amazon-photo": Setting("amazon-photo", 0.5, 200, 60, 5, 0.2),
     "minesweeper": Setting("minesweeper", 0.2, 500, 100, 5, 0.2, (("metric", "auc"),)),
-    "amazon-computers": Setting("amazon-computers", 0.3, 300, 240, 3, 0.4),
+    "amazon-computers": Setting("amazon-computers", 0.3, 300, 240, 3, 0.4, step_sizes=(0.01,)),
     "coauthor-physics": Setting("coauthor-physics", 0.5, 60, 30, 3, 5.0, step_sizes=(0.003,)),
     "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0, step_sizes=(0.01,)),
     "ogbn-arxiv-ranks35": Setting(

@@ -100,14 +100,17 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def batch_gradients(trainer: Trainer) -> Tensor:
-    """[batches, parameters] of the next epoch's batches, nothing of which stays."""
-    found = []
+    """[batches, parameters] of the next epoch's batches, nothing of which stays.
+
+    Losses are scaled as in training: the stored gradients are.
+    """
+    found, scale = [], len(trainer.loader) / trainer.num_terms
     trainer.loader.set_epoch(trainer.epoch)
     for batch in trainer.loader:
         model = copy.deepcopy(trainer.model)
         without_dropout(model)
         model.zero_grad()
-        (trainer.task.loss_sum(model, batch) / trainer.num_terms).backward()
+        (trainer.task.loss_sum(model, batch) * scale).backward()
         found.append(gradient(model))
     return torch.stack(found)
 
@@ -126,10 +129,10 @@ def measure(trainer: Trainer, watches: dict[str, Watch]) -> dict[tuple[int, str]
         found[layer, "frozen"] = relative(watch.decoded - exact, exact)
         found[layer, "stale rows"] = relative(watch.rows - exact, exact)
     each = batch_gradients(trainer)
-    total = each.sum(0)
-    found[0, "gradient bias"] = relative(total - truth.gradient, truth.gradient)
-    found[0, "gradient cosine"] = float(torch.cosine_similarity(total, truth.gradient, dim=0))
-    spread = (len(each) * each - total).norm(dim=1).square().mean().sqrt()
+    mean = each.mean(0)
+    found[0, "gradient bias"] = relative(mean - truth.gradient, truth.gradient)
+    found[0, "gradient cosine"] = float(torch.cosine_similarity(mean, truth.gradient, dim=0))
+    spread = (each - mean).norm(dim=1).square().mean().sqrt()
     found[0, "gradient noise"] = float(spread / truth.gradient.norm())
     for layer, (norm, (mean, var)) in enumerate(
         zip(batch_norms(trainer.model), truth.statistics, strict=True), start=1
