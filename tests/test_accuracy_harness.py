@@ -88,7 +88,7 @@ def peers_of(worker):
 
 
 @pytest.mark.parametrize("model", ["gcn", "sage", "gat"])
-@pytest.mark.parametrize("method", ["cluster-gcn", "saint-rw", "ns-sage", "sgc", "sign", "lp", "c&s"])
+@pytest.mark.parametrize("method", ["cluster-gcn", "saint-rw", "saint-rw-plain", "ns-sage", "sgc", "sign", "lp", "c&s"])
 def test_peers_learn(harness, method, model):
     settings, _, worker = harness
     peers_of(worker)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,15 @@ class Peer:
         return metrics
 
 
+def _subgraph_steps(loader: Iterable[Data]) -> Iterator[Step]:
+    """Batches as if they were whole graphs: the mean loss of their training nodes."""
+    for batch in loader:
+        count = int(batch.train_mask.sum())
+        if count:
+            graph = sparse(batch.edge_index, batch.num_nodes)
+            yield lambda model, b=batch, g=graph, n=count: _loss_sum(b, model(b.x, g), b.train_mask / n)
+
+
 class ClusterGCN(Peer):
     """Chiang et al.: batches of METIS clusters, messages between batches dropped, normalisation within the batch."""
 
@@ -116,11 +125,7 @@ class ClusterGCN(Peer):
         return len(self.loader)
 
     def steps(self) -> Iterator[Step]:
-        for batch in self.loader:
-            count = int(batch.train_mask.sum())
-            if count:
-                graph = sparse(batch.edge_index, batch.num_nodes)
-                yield lambda model, b=batch, g=graph, n=count: _loss_sum(b, model(b.x, g), b.train_mask / n)
+        yield from _subgraph_steps(self.loader)
 
 
 class _Clusters(ClusterData):
@@ -212,6 +217,18 @@ class GraphSAINT(Peer):
     def steps(self) -> Iterator[Step]:
         for batch, graph, weight in self.batches_of():
             yield lambda model, b=batch, g=graph, w=weight: _loss_sum(b, model(b.x, g), w)
+
+
+class PlainGraphSAINT(Peer):
+    """The same subgraphs without any normalisation: means within the subgraph, the mean loss of its nodes."""
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        roots = math.ceil(self.data.num_nodes / (batches * (1 + WALK_LENGTH)))
+        self.loader = GraphSAINTRandomWalkSampler(self.data, roots, WALK_LENGTH, num_steps=batches, log=False)
+
+    def steps(self) -> Iterator[Step]:
+        yield from _subgraph_steps(self.loader)
 
 
 class NeighbourSampling(Peer):
@@ -352,6 +369,7 @@ def _runner(kind: type[Peer]) -> Callable[[Config, Dataset, int], tuple[list[dic
 PEERS = {
     "cluster-gcn": _runner(ClusterGCN),
     "saint-rw": _runner(GraphSAINT),
+    "saint-rw-plain": _runner(PlainGraphSAINT),
     "ns-sage": _runner(NeighbourSampling),
     "sgc": _runner(SGC),
     "sign": _runner(SIGN),

@@ -96,6 +96,10 @@ METHODS = {
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
     "saint-rw": Method("GraphSAINT-RW (PyG)", trainer=False),
+    "saint-rw-plain": Method(
+        "GraphSAINT-RW (PyG), not normalised", trainer=False, needs="sage",
+        lacks=tuple(name for name in SETTINGS if name != "ogbn-arxiv-ranks35"),
+    ),
     "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, needs="sage", epochs=0.25),
     "mlp": Method("MLP", (("model", "mlp"), ("sampler", "node")), shared=True),
     "sgc": Method("SGC", trainer=False, shared=True, epochs=None),
@@ -194,6 +198,11 @@ ABLATIONS: dict[str, list[tuple[str, tuple[tuple[str, Any], ...]]]] = {
     "averaged weights": [("on", ()), ("off", (("average", 0.0),))],
     "step size": [("cosine", ()), ("constant", (("schedule", "constant"),)), ("warm-up", (("warmup_epochs", 5.0),))],
     "BatchNorm statistics": [("running", ()), ("exact pass", (("norms", "exact"),))],
+    "constant step size": [
+        ("averaged", (("schedule", "constant"),)),
+        ("last weights", (("average", 0.0), ("schedule", "constant"))),
+        ("last weights, statistics of an exact pass", (("average", 0.0), ("norms", "exact"), ("schedule", "constant"))),
+    ],
     "optimizer": [("Adam", ()), ("RMSprop", (("optimizer", "rmsprop"),))],
     "input layer": [("C X, exact", ()), ("codes", (("input", "codes"),))],
     "store": [
@@ -219,6 +228,8 @@ TIMED = {
     "full batch": ("full", 0.01, ()),
     "GraphSAINT-RW (PyG)": ("saint-rw", 0.01, ()),
     "GraphSAINT-RW (PyG), step size 0.003": ("saint-rw", 0.003, ()),
+    "GraphSAINT-RW (PyG), not normalised": ("saint-rw-plain", 0.01, ()),
+    "GraphSAINT-RW (PyG), not normalised, step size 0.003": ("saint-rw-plain", 0.003, ()),
     "Cluster-GCN (PyG)": ("cluster-gcn", 0.01, ()),
     "GAS": ("gas", 0.01, ()),
     "ours: vq, random nodes": ("vq", 0.01, ()),
