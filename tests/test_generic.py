@@ -11,9 +11,10 @@ from graphs import awkward_graph
 from torch import nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import add_self_loops, dropout_edge
+from torch_geometric.utils import add_self_loops, coalesce, dropout_edge
 
 import vqgnn
+from vqgnn.graph import Graph
 from vqgnn.inference import layerwise
 
 # `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
@@ -140,6 +141,41 @@ def test_dropped_messages_leave_the_whole_graphs_normalisation(cached, data):
     torch.testing.assert_close(conv(data.x, data.edge_index), dense @ data.x)
 
 
+@pytest.mark.parametrize("method", ["gas", "lmc"])
+def test_dropout_of_edges_keeps_a_share_of_the_whole_graphs_values(method):
+    """Features that name the nodes show every weight: of the batch's own neighbours and of those outside it."""
+    data = awkward_graph(features=40)
+    data.x, data.edge_index = torch.eye(40), coalesce(data.edge_index)
+    conv = pyg.APPNP(K=1, alpha=0.0, dropout=0.25)
+    weights = conv.eval()(data.x, data.edge_index)
+    vqgnn.convert(conv.train(), data, method=method)
+    assert conv.survey.dropout == [{"edge_weight": pytest.approx(0.25)}]
+    draws, kept, count = [], 0, 0
+    for batch in batches(data):
+        truth = weights[batch.n_id]
+        draws.append(conv(batch.x, batch.graph))
+        share = (draws[-1] / truth)[truth > 0]
+        assert torch.isclose(share, torch.tensor([[0.0], [4 / 3]])).any(0).all()
+        kept, count = kept + int((share > 0).sum()), count + len(share)
+        torch.testing.assert_close(conv.eval()(batch.x, batch.graph), truth)
+        conv.train()
+    assert 0.65 < kept / count < 0.85
+    assert not torch.equal(draws[-1], conv(batch.x, batch.graph))
+
+
+def test_dropout_of_edges_hop_by_hop_is_unbiased():
+    """APPNP drops what is left of the hop before: a quarter is left of half, and counts four times."""
+    data = awkward_graph(undirected=True)
+    conv = pyg.APPNP(K=2, alpha=0.1, dropout=0.5)
+    expected = conv.eval()(data.x, data.edge_index)
+    vqgnn.convert(conv.train(), data, method="full")
+    assert [call["edge_weight"] for call in conv.survey.dropout] == pytest.approx([0.5, 0.75])
+    (batch,) = batches(data, size=40)
+    draws = torch.stack([conv(batch.x, batch.graph) for _ in range(600)])
+    error = (draws.mean(0) - expected) / (draws.std(0) / 600**0.5)
+    assert draws.std(0).max() > 0.1 and error.square().mean() < 1.5  # 1 for independent normal errors
+
+
 # ---- arguments and stores --------------------------------------------------------------------------------------------
 
 
@@ -263,11 +299,18 @@ def test_one_conv_behind_an_encoder_is_filled(data):
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
-def test_another_graph_is_refused_where_a_conv_made_edges_of_the_first(data):
-    model = vqgnn.convert(pyg.APPNP(K=2, alpha=0.1), data, "gas")
-    other = awkward_graph(num_nodes=30)
-    with pytest.raises(ValueError, match=r"a graph of 40 nodes, from whose edges .* got one of 30; convert it with"):
-        layerwise(model, other)
+@pytest.mark.parametrize("nodes", [30, 40])
+@pytest.mark.parametrize("conv", ["APPNP", "ARMAConv", "GATv2Conv"])
+def test_of_another_graph_a_conv_makes_its_edges_anew(conv, nodes, data):
+    model = conv_table.CONVS[conv]()
+    other = awkward_graph(num_nodes=nodes, seed=1)
+    expected, its = (model.eval()(d.x, d.edge_index).detach() for d in (data, other))
+    vqgnn.convert(model, data, "gas")
+    for _ in range(2):
+        torch.testing.assert_close(layerwise(model.train(), other, 13), its, atol=1e-4, rtol=1e-4)
+        assert all(module.training for module in model.modules())
+        assert_outputs(model.eval(), data, expected)
+    assert len(Graph.of(data).recorded) == len(Graph.of(other).recorded) == 1
 
 
 def test_paths_tell_what_every_conv_does(data, capsys):
@@ -347,6 +390,18 @@ class LearnedWeight(MessagePassing):
         return x_j * weight[:, None]
 
 
+class Noisy(MessagePassing):
+    """Adds edges, and in training noise to their weights."""
+
+    def forward(self, x, edge_index):
+        edge_index, _ = add_self_loops(edge_index)
+        weight = torch.ones(edge_index.size(1))
+        return self.propagate(edge_index, x=x, weight=weight + torch.rand_like(weight) if self.training else weight)
+
+    def message(self, x_j, weight):
+        return x_j * weight[:, None]
+
+
 class Named(MessagePassing):
     """Has a name that converted convs have."""
 
@@ -369,14 +424,14 @@ class NoMessages(MessagePassing):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: pyg.APPNP(2, 0.1, dropout=0.5), "APPNP drops out values of edges.*set its dropout to 0"),
+        (Noisy, r"Noisy changes weight of edges in training .* not by dropout; .* in message\(\)"),
         (lambda: pyg.PDNConv(6, 3, 3, 4), r"PDNConv computes edge_weight of every edge.*in message\(\)"),
         (LearnedWeight, r"LearnedWeight computes weight of every edge.*in message\(\)"),
         (Named, "Named has combine, a name that vqgnn gives to convs; rename it"),
         (NoMessages, "NoMessages does not call propagate"),
         (lambda: pyg.HypergraphConv(6, 3), "HypergraphConv cannot run on mini-batches.*failed with IndexError"),
     ],
-    ids=["dropout", "learned", "from-rows", "named", "no-messages", "hypergraph"],
+    ids=["noisy", "learned", "from-rows", "named", "no-messages", "hypergraph"],
 )
 def test_what_pygs_code_cannot_do_on_a_batch_is_named(build, message, data):
     data.edge_attr = torch.randn(data.num_edges, 3)

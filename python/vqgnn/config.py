@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-_RANDOM = "random:"
+_RANDOM, _LEARNED = "random:", "learned:"
+_METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
 
 
 class InputError(ValueError):
@@ -26,7 +27,9 @@ class Config:
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(
-        None, "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node."
+        None,
+        "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node; or "
+        "learned:D, an embedding of D numbers a node that is learnt with the model.",
     )
     task: Literal["node", "link"] = option(
         "node", "Classify nodes, or predict edges: batches are the end points of edges and of pairs drawn at random."
@@ -39,8 +42,10 @@ class Config:
     inductive: bool = option(
         False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
     )
-    metric: Literal["auto", "auc"] = option(
-        "auto", "Score: accuracy, with several labels micro-F1; or the area under the ROC curve."
+    metric: Literal["auto", "auc", "hits", "mrr", "recall"] = option(
+        "auto",
+        "Score: accuracy, with several labels micro-F1; or the area under the ROC curve. --task link: Hits@K, of a "
+        "recommender Recall@20; or the mean reciprocal rank.",
     )
     model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
@@ -104,8 +109,7 @@ class Config:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
         if self.model == "gat" and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
-        self.columns()
-        self.random_features()
+        self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:
             if self.batch_size is not None:
@@ -122,10 +126,14 @@ class Config:
         if wants := {"exact": "", "vq": needs_codes, "stale": needs_states}[self.inference]:
             raise InputError(f"--inference {self.inference} is for {wants}; use exact")
         if self.task == "link":
-            for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
+            for name, plain in (("sampler", "node"), ("inductive", False)):
                 if getattr(self, name) != plain:
                     raise InputError(f"{option_name(name)} {getattr(self, name)} is not for --task link; leave it out")
-        elif self.links is not None:
+        if self.metric not in _METRICS[self.task]:
+            raise InputError(
+                f"--metric {self.metric} is not for --task {self.task}; use one of {', '.join(_METRICS[self.task])}"
+            )
+        if self.task == "node" and self.links is not None:
             raise InputError(f"--links {self.links} is for --task link only; leave it out, or give --task link")
 
     @property
@@ -133,23 +141,38 @@ class Config:
         """Whether a batch is the whole graph."""
         return self.method == "full" and self.model != "mlp"
 
+    @property
+    def learned(self) -> bool:
+        """Whether the features are learnt."""
+        return self.features is not None and self.features.startswith(_LEARNED)
+
+    @property
+    def random_width(self) -> int | None:
+        """D of `features` "random:D" or "learned:D": for a graph that has none."""
+        if self.features is None or not self.features.startswith((_RANDOM, _LEARNED)):
+            return None
+        return int(self.features.partition(":")[2])
+
     def columns(self) -> slice | None:
         """`features` as a slice."""
-        if self.features is None or self.features.startswith(_RANDOM):
+        if self.features is None or self.features.startswith((_RANDOM, _LEARNED)):
             return None
         low, high = _two_ints("--features", self.features, ":", "FROM:TO with 0 <= FROM < TO, e.g. 80:200")
         if not 0 <= low < high:
             raise InputError(f"--features {self.features!r} is empty; it must be FROM:TO with 0 <= FROM < TO")
         return slice(low, high)
 
-    def random_features(self) -> int | None:
-        """D of `features` "random:D": for a graph that has none."""
-        if self.features is None or not self.features.startswith(_RANDOM):
-            return None
-        width = self.features.removeprefix(_RANDOM)
-        if not width.isdecimal() or int(width) < 1:
-            raise InputError(f"--features {self.features!r} cannot be read; it must be random:D with D >= 1")
-        return int(width)
+    def _check_features(self) -> None:
+        if self.columns() is None and self.features is not None:
+            kind, _, width = self.features.partition(":")
+            if not width.isdecimal() or int(width) < 1:
+                raise InputError(f"--features {self.features!r} cannot be read; it must be {kind}:D with D >= 1")
+        for name, clashes in (("inductive", self.inductive), ("model", self.model == "mlp")):
+            if self.learned and clashes:
+                raise InputError(
+                    f"--features {self.features} and {option_name(name)} {getattr(self, name)} exclude each other: "
+                    "an embedding is of a node that training knows, and a GNN's input"
+                )
 
     def parts_pair(self) -> tuple[int | None, int]:
         """`parts` as (number of parts, parts a batch)."""

@@ -33,7 +33,7 @@ from .graph import BatchGraph
 from .nn import StoreConv, require_whole
 from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
-from .survey import Hop, Survey
+from .survey import Hop, Survey, settle_again
 
 
 class GenericConv(StoreConv):
@@ -119,6 +119,7 @@ def _on_batch(conv: GenericConv, args: tuple, kwargs: dict):
         return run.survey(conv, given)
     if conv.survey is None:
         raise ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
+    settle_again(conv, given)
     with uncached(conv):
         return _train(conv, given) if run is None else _sweep(conv, given)
 

@@ -359,12 +359,23 @@ class NodeStore(nn.Module):
         """Decoded states [b, dim] fp32 of nodes n_id [b] (None: of all)."""
         if self.in_place:
             return kernels.pull_rows(self.rows, n_id, self.dim)
-        if n_id is None:
-            n_id = torch.arange(self.num_nodes)
-        halo = CSR(n_id, n_id, None, n_id.cpu())
         with torch.no_grad():
-            rows = self.neighbours(halo, halo, self.start(halo, halo)).rows
-        return kernels.pull_rows(rows, None, self.dim)
+            return kernels.pull_rows(self._brought(n_id).rows, None, self.dim)
+
+    def pull_gradients(self) -> Tensor:
+        """Decoded gradients [n, dim] fp32 of all nodes; 0 where none are kept."""
+        if not self.grad:
+            return torch.zeros(self.num_nodes, self.dim, device=self.device)
+        if self.in_place:
+            return kernels.pull_rows(self.grad_rows, None, self.dim)
+        with torch.enable_grad():  # a forward alone would not bring them
+            return kernels.pull_rows(self._brought(None).grad_rows, None, self.dim)
+
+    def _brought(self, n_id: Tensor | None) -> Neighbours:
+        """The tables' rows of nodes n_id (None: of all), on the device."""
+        n_id = torch.arange(self.num_nodes) if n_id is None else n_id
+        halo = CSR(n_id, n_id, None, n_id.cpu())
+        return self.neighbours(halo, halo, self.start(halo, halo))
 
     @torch.no_grad()
     def quantised(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .config import Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
+from .graph import BatchGraph
 from .inference import estimate_norms, layerwise, warmup
 from .partitioning import cache_folder
 from .places import choose
@@ -36,6 +37,7 @@ from .tasks import SPLITS, TASKS
 
 _ROWS = 65_536  # of features at a time
 _OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+_EMBEDDING_STD = 0.1  # at first: small enough that Adam's steps soon turn it
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
 
 
@@ -48,6 +50,21 @@ class NodeMLP(models.MLP):
 
     def forward(self, x: Tensor, graph: object = None) -> Tensor:
         return super().forward(x)
+
+
+class Embedded(nn.Module):
+    """A GNN whose input is an embedding of every node, learnt with it from features [n, D] on.
+
+    To the first conv its input is a hidden layer's: what a batch knows of other nodes' comes from a store.
+    """
+
+    def __init__(self, gnn: nn.Module, features: Tensor):
+        super().__init__()
+        self.gnn = gnn
+        self.embedding = nn.Embedding.from_pretrained(_EMBEDDING_STD * features, freeze=False)
+
+    def forward(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        return self.gnn(self.embedding(graph.n_id), graph)
 
 
 def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Module:
@@ -137,6 +154,8 @@ class Trainer:
         self.task = TASKS[config.task](config, dataset)
         torch.manual_seed(config.seed)
         model = build_model(config, self.data.num_features, self.task.out_channels)
+        if config.learned:
+            model = Embedded(model, self.data.x)
         self.model = self.task.with_head(model).to(self.device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=moving_average(config.average), use_buffers=True)
         try:
@@ -173,7 +192,8 @@ class Trainer:
             return cpu
         codec, grad = METHODS[config.method]
         hidden = {"num_nodes": data.num_nodes, "dim": config.hidden, "codec": config.codec or codec, "grad": grad}
-        state = 0 if codec is None else (config.layers - 1) * NodeStore.size_of(**hidden)
+        layers = config.layers if config.learned else config.layers - 1  # with a state: the features need none
+        state = 0 if codec is None else layers * NodeStore.size_of(**hidden)
         edges = 2 * (8 + 2 * (4 + 4)) * data.num_edges  # edge_index, and C with its transpose
         place, _ = choose(2 * data.x.nbytes + edges + state, self.device)
         return self.device if place == "device" else cpu
@@ -337,6 +357,8 @@ class Trainer:
                 return self.averaged.module.eval()(x.to(self.device))
         if self.config.inductive:
             raise InputError("an inductive run keeps states of its training nodes only; train without --inductive")
+        if self.config.learned:
+            raise InputError("--new: new nodes have no learnt embedding; train on features of the nodes")
         x, edges = x.to(self.data.x.device), edge_index.to(self.data.x.device)
         edges = coalesce(edges if self.config.directed else torch.cat([edges, edges.flip(0)], 1))
         with self._averaged_weights():
