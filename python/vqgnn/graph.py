@@ -70,9 +70,7 @@ class Matrix:
     weight_t: Tensor | None
 
     @classmethod
-    def build(
-        cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int, num_sources: int | None = None
-    ) -> Matrix:
+    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int, num_sources: int | None = None) -> Matrix:
         """num_sources: columns, where they are other nodes than the rows."""
         source, target = edge_index
         num_sources = num_nodes if num_sources is None else num_sources

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from torch_geometric.data import HeteroData
@@ -14,7 +13,7 @@ from .hetero_graph import HeteroGraph
 from .hetero_inference import fill_stores
 from .hetero_survey import Call, Structure
 from .relation_conv import GIVEN_EDGES, RelationConv, RelationUse, make_relation_conv
-from .store import Codec, NodeStore
+from .store import Codec
 
 Wanted = tuple[RelationUse, str, dict]  # whose store, the attribute that holds it, its arguments
 Shared = tuple[RelationUse, str, RelationUse, str]  # an attribute, and whose attribute it is
@@ -57,8 +56,8 @@ def convert(
         missing = [name for name, conv in convs.items() if conv not in calls]
         if missing:
             raise ValueError(
-                f"conv {missing[0]!r} is not reached by the model's forward; remove it, pass forward=, or give its edge "
-                "type edges in data"
+                f"conv {missing[0]!r} is not reached by the model's forward; remove it, pass forward=, or give data "
+                "its edge type"
             )
         uses = {conv: _use(conv, call, options) for conv, call in calls.items()}
         if options.codec is not None:

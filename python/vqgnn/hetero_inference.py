@@ -112,7 +112,8 @@ class _Sweep:
             stores = self._stores() if self.fills else {}
             batches = self._batches(structure.splits)
             from_features = all(call.source_is_x for call in self.calls.values() if call.level == 1)
-            for self.level in range(1 if from_features and not stores else 0, self.levels + 1 - self.fills):
+            for level in range(1 if from_features and not stores else 0, self.levels + 1 - self.fills):
+                self.level = level
                 self.recorded: dict[int, Tensor] = {}
                 for nodes in tqdm(batches, disable=not self.progress, desc=f"pass {self.level}", leave=False):
                     self._pass(nodes, structure.output, stores)

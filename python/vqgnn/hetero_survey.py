@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import HeteroData
 
 from .calling import alike, evaluating
 from .graph import not_an_edge_index
@@ -209,10 +208,11 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     first = max(1, t // 2)
     if not alike(whole[:first], messages(edge_index[1] < first)[:first]):
         raise ValueError(
-            f"{name} makes what a node is sent depend on edges into other nodes, of which a batch has not all; normalise "
-            "once, into data's edge_weight (torch_geometric.transforms.GCNNorm), or use GCNConv"
+            f"{name} makes what a node is sent depend on edges into other nodes, of which a batch has not all; "
+            "normalise once, into data's edge_weight, before vqgnn.convert"
         )
-    rest = whole - messages(slice(0, None, 2)) - messages(slice(1, None, 2)) + messages(slice(0, 0))
-    additive = bool(rest.abs().max() <= 1e-4 * whole.abs().max()) if whole.numel() else True
+    additive, none = True, messages(slice(0, 0))
+    for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
+        rest = whole - messages(half) - messages(~half) + none
+        additive &= bool(rest.norm() <= 1e-4 * whole.norm())
     return Form(takes, target.size(1), flat(conv, sent[0]).size(1), additive, read is not None)
-

@@ -98,7 +98,11 @@ def warmup(
     if isinstance(data, HeteroData):
         hetero_inference.fill_stores(model, data, forward, dtype, folder, progress)
         return
-    visit_inputs(model, data, lambda conv, rows: conv.store_use.store.fill(rows, progress), forward, dtype, folder, progress)
+
+    def fill(conv: StoreConv, rows: Tensor) -> None:
+        conv.store_use.store.fill(rows, progress)
+
+    visit_inputs(model, data, fill, forward, dtype, folder, progress)
 
 
 @torch.no_grad()

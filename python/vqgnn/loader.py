@@ -68,13 +68,13 @@ class BatchLoader:
         data: PyG `Data` with `x` [n, f] and `edge_index` [2, e], or `HeteroData` with those of every type. Of that, a
             batch is a `HeteroData` too: nodes of all types, in equal shares, with `x_dict` and, where `edge_index_dict`
             went, `graph_dict`.
-        batch_size: nodes a batch, of all types together (with sampler "cluster": on average; "edge", "walk": at most, as their draws may meet
-            a node twice). Default: a tenth of the graph.
+        batch_size: nodes a batch, of all types together (with sampler "cluster": on average; "edge", "walk": at most,
+            as their draws may meet a node twice). Default: a tenth of the graph.
         num_parts: instead of `batch_size`, split the graph into so many parts ...
         parts_per_batch: ... and join so many of them, drawn anew every epoch, to a batch.
         sampler: "node" (uniformly random nodes), "cluster" (METIS parts, as in Cluster-GCN), "edge" (end points of
-            uniformly drawn edges) or "walk" (random walks). The last two are for `Data`; they visit some nodes more often than others:
-            sum `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased.
+            uniformly drawn edges) or "walk" (random walks). The last two visit some nodes more often than others: sum
+            `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased. They are for `Data`.
         shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
         seed: with the epoch's number it decides the order.
         prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
@@ -113,7 +113,7 @@ class BatchLoader:
         self.device = self.graph.device if device is None else torch.device(device)
         moves = self.device.type != self.graph.device.type
         if moves and hetero:
-            raise ValueError(f"device={device!r} but the HeteroData is on {self.graph.device}; give data.to({device!r})")
+            raise ValueError(f"device={device!r} but the HeteroData is on {self.graph.device}; move the data")
         if moves and self.graph.device.type == "cuda":
             raise ValueError(f"device={device!r} but the data is on {self.graph.device}; give data.cpu()")
         self._stream = torch.cuda.Stream(self.device) if moves else None

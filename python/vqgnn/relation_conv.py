@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, aggregate
 
 from .generic import refuse_taken_names
@@ -63,8 +62,8 @@ class RelationUse(StoreUse):
 class Form:
     """What a conv's own code does, found by running it on a few nodes.
 
-    edge_values: the edge type's tensors with a row an edge that it takes. target_dim: channels of its targets.
-    out_dim: of what propagate returns for a target. additive: whether messages are summed. reads_targets: whether they depend on
+    edge_values: the edge type's tensors with a row an edge that it takes. target_dim: channels of its targets. out_dim:
+    of what propagate returns for one. additive: whether messages are summed. reads_targets: whether they depend on
     their target's x.
     """
 
@@ -83,9 +82,14 @@ class RelationConv(StoreConv):
     _visitor: Callable[[Tensor], Tensor] | None = None  # sees what propagate returns
 
     def forward(self, x, edge_index, *args, **kwargs):
+        name = type(self).__name__
+        if isinstance(edge_index, dict) and any(isinstance(value, BatchGraph) for value in edge_index.values()):
+            raise ValueError(
+                f"{name} takes all edge types at once and cannot read a node-state store; give every edge type a conv "
+                "of its own, by HeteroConv or to_hetero"
+            )
         if not isinstance(edge_index, BatchGraph):
             return self.pyg_class.forward(self, x, edge_index, *args, **kwargs)
-        name = type(self).__name__
         if not isinstance(edge_index, BatchRelation):
             raise ValueError(f"{name} was converted with a HeteroData and got a batch of a Data; convert it with that")
         if any(value is not None for value in (*args, *kwargs.values())):
