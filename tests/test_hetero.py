@@ -248,7 +248,8 @@ def test_one_store_a_node_type_and_layer():
     states = {name: store.num_nodes for name, store in stores.items() if not name.endswith(".grad")}
     first = {"paper": "paper__cites__paper", "author": "author__writes__paper", "venue": "venue__has__paper"}
     assert states == {f"convs.{k}.{first[t]}": data[t].num_nodes for k in (1, 2) for t in first}
-    assert stores["convs.2.paper__by__author.grad"].num_nodes == 25 and len(stores) == 6 + 2 * 5
+    receivers = data[BY].edge_index[1].unique().numel()  # no gradient is read of a node without edges
+    assert stores["convs.2.paper__by__author.grad"].num_nodes == receivers < 25 and len(stores) == 6 + 2 * 5
     convs = model.convs[1]
     assert convs["paper__by__author"].store_use.store is convs["paper__cites__paper"].store_use.store
     before = {name: int(store.step) for name, store in stores.items()}
@@ -462,9 +463,8 @@ def test_a_pass_serves_all_convs_of_a_layer(monkeypatch):
     model, data = build("SAGEConv")
     vqgnn.convert(model, data, method="gas")
     calls = []
-    monkeypatch.setattr(
-        HeteroGraph, "batch", lambda *args, real=HeteroGraph.batch, **kw: calls.append(0) or real(*args, **kw)
-    )
+    real = HeteroGraph.batch
+    monkeypatch.setattr(HeteroGraph, "batch", lambda *args, **options: calls.append(0) or real(*args, **options))
     layerwise(model, data)
     assert len(calls) == 2 + 3  # a look at the model's structure, and a pass a layer
 
@@ -496,8 +496,8 @@ def with_edges(edges):
         (lambda: with_x(torch.ones(4)), r"data\['venue'\]\.x must be \[num_nodes=4, features\], got \(4,\)"),
         (lambda: with_x(torch.ones(4, 3).double()), r"data\['venue'\]\.x must be float32"),
         (lambda: with_edges([[0], [0]]), r"data\[\('paper', 'in', 'venue'\)\]\.edge_index must be a \[2, num_edges\]"),
-        (lambda: with_edges(torch.tensor([[0, 40], [0, 0]])), r"edge_index\[0\] holds node ids 0\.\.40, allowed are 0\.\.39"),
-        (lambda: with_edges(torch.tensor([[0, 39], [0, 4]])), r"edge_index\[1\] holds node ids 0\.\.4.*'venue'\]\.num_nodes"),
+        (lambda: with_edges(torch.tensor([[0, 40], [0, 0]])), r"edge_index\[0\] holds .* 0\.\.40, allowed are 0\.\.39"),
+        (lambda: with_edges(torch.tensor([[0, 39], [0, 4]])), r"edge_index\[1\] holds .* 0\.\.4.*'venue'\]\.num_nodes"),
         (lambda: without("x"), r"data\['venue'\]\.x must be .* got None; give every node features"),
     ],
     ids=["x-shape", "x-dtype", "edges-list", "source-id", "target-id", "no-x"],

@@ -121,9 +121,10 @@ def _plan(
     for conv, use in uses.items():
         call, form = calls[conv], conv.form
         grad = options.default_grad and (form is None or form.additive) if options.grad is None else options.grad
-        if use.input is not None or not grad:
+        if use.input is not None or not grad or call.relation.num_edges == 0:
             continue
-        want(use, "grads", call.relation.num_nodes, call.source_dim if form is None else form.out_dim)
+        receivers = call.relation.receivers(use.convolution).numel()
+        want(use, "grads", receivers, call.source_dim if form is None else form.out_dim)
         if form is not None and form.reads_targets and not call.target_is_x:
             use.pushes_targets = keep(use, "targets", call.target, call.relation.num_nodes, call.target_dim)
     return wanted, shared

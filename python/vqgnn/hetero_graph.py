@@ -49,8 +49,13 @@ class Relation(Graph):
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
+        self._receivers: dict[Convolution, Tensor] = {}
         self._padded: dict[Convolution, tuple[Tensor, Tensor]] = {}
         self.wanted: dict[tuple[Convolution, str], None] = {}
+
+    @property
+    def num_edges(self) -> int:
+        return self.edge_index.size(1)
 
     @property
     def square(self) -> bool:
@@ -67,6 +72,12 @@ class Relation(Graph):
             matrix.rowptr, matrix.rowptr_t = forward[self.num_sources :], transposed[self.num_nodes :]  # no copies
             self._matrices[convolution] = matrix
         return self._matrices[convolution]
+
+    def receivers(self, convolution: Convolution) -> Tensor:
+        """Ascending ids of the targets with edges: of a rare relation few, and no other's gradient is ever read."""
+        if convolution not in self._receivers:
+            self._receivers[convolution] = self.matrix(convolution).rowptr.diff().nonzero().flatten()
+        return self._receivers[convolution]
 
     def padded(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
         """rowptr [n_source + n_target + 1] of C and of its transpose, with an empty row for every column before them.
@@ -108,6 +119,22 @@ class BatchRelation(BatchGraph):
             _slice(rowptr, self.graph.num_sources, m.col, m.weight, self.n_id, self.source_id),
             _slice(rowptr_t, self.graph.num_nodes, m.col_t, m.weight_t, self.source_id, self.n_id),
         )
+
+    def receivers(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
+        """Those of the batch's targets that are among the relation's receivers, and which of them: both [k]."""
+        return self._once("receivers", convolution)
+
+    def _make_receivers(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
+        among = self.graph.receivers(convolution)
+        own = (self.graph.matrix(convolution).rowptr.diff()[self.n_id] > 0).nonzero().flatten()
+        return own, torch.searchsorted(among, self.n_id[own])
+
+    def outside_receivers(self, convolution: Convolution) -> Tensor:
+        """Which of the relation's receivers the transposed matrix's halo is [h]."""
+        return self._once("outside_receivers", convolution)
+
+    def _make_outside_receivers(self, convolution: Convolution) -> Tensor:
+        return torch.searchsorted(self.graph.receivers(convolution), self.csr(convolution)[1].halo)
 
     def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
         """As BatchGraph's; where targets are no sources, only `others` send."""

@@ -5,7 +5,8 @@ behind them: every target has all its edges, so that a mean, a softmax or a maxi
 matrix C is fixed (`CONVS` of nn.py), `aggregate` reads the stored states in place instead.
 
 States are kept once for all convs that are given the same rows of a node type; the first of them pushes. The gradient G
-of messages is each conv's own, with a row a target: sources take in C_HB^T G~_H (eq. 7) as in generic.py.
+of messages is each conv's own, with a row a target that has edges, and sources take in C_HB^T G~_H (eq. 7) as in
+generic.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class RelationUse(StoreUse):
     """StoreUse of a conv of one edge type: `store` keeps states of its sources.
 
     pushes: whether this conv writes them, as the first of those that share them. grads: gradients of its messages, a
-    row a target. targets: states of its targets where the halo's messages read them; pushes_targets: see pushes.
+    row a target with edges. targets, pushes_targets: the same of its targets, where messages read these too.
     """
 
     edge_type: EdgeType = ("", "", "")
@@ -179,12 +180,13 @@ def _messages(conv: RelationConv, x: Tensor, graph: BatchRelation) -> Tensor:
     elif use.store is not None:
         rows = use.store.rows
     if use.grads is not None:
-        csr_t, grad_rows = _known(csr_t, graph.n_id.numel(), use.grads), use.grads.rows
+        csr_t = _known(csr_t._replace(halo=graph.outside_receivers(use.convolution)), graph.n_id.numel(), use.grads)
+        grad_rows = use.grads.rows
     messages = aggregate(source, csr, rows, csr_t, grad_rows)
     if conv.training:
         _push(use, source, None, graph)
         if use.grads is not None and messages.requires_grad:
-            messages.register_hook(lambda g: use.grads.push(graph.n_id, g))
+            messages.register_hook(lambda g: _push_gradients(use, g, graph))
     return messages
 
 
@@ -203,6 +205,11 @@ def _push(use: RelationUse, source: Tensor, target: Tensor | None, graph: BatchR
         use.targets.push(graph.n_id, target.detach().float())
 
 
+def _push_gradients(use: RelationUse, g: Tensor, graph: BatchRelation) -> None:
+    own, places = graph.receivers(use.convolution)
+    use.grads.push(places, g[own].float())
+
+
 def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRelation) -> Tensor:
     use, others = conv.store_use, None
     edges = graph.edges(GIVEN_EDGES, bool(conv.form.edge_values))
@@ -219,7 +226,7 @@ def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
 
     def visit(messages: Tensor) -> Tensor:
         if conv.training and use.grads is not None and messages.requires_grad:
-            messages.register_hook(lambda g: use.grads.push(graph.n_id, flat(conv, g).float()))
+            messages.register_hook(lambda g: _push_gradients(use, flat(conv, g), graph))
         return messages
 
     return deliver(conv, rows, others, target, edges, graph.graph, visit)
@@ -292,6 +299,7 @@ def _halo_gradient(conv: RelationConv, source: Tensor, graph: BatchRelation) -> 
     if graph.graph.square:  # targets are sources too, and stand before the others
         others = torch.cat([use.store.pull(targets).to(dtype), others])
     messages = deliver(conv, others, others[:0], own, edges, graph.graph, stop)
-    known = use.grads.written[targets] >= 0
-    g = (use.grads.pull(targets) * known[:, None]).to(messages.dtype)
+    places = graph.outside_receivers(GIVEN_EDGES)
+    known = use.grads.written[places] >= 0
+    g = (use.grads.pull(places) * known[:, None]).to(messages.dtype)
     return torch.autograd.grad(flat(conv, messages), source, g)[0]
