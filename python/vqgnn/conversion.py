@@ -11,15 +11,18 @@ import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
+from . import hetero
+from .calling import call_model, device_of, evaluating
 from .generic import GenericConv, make_generic
 from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
-from .inference import call_model, device_of, evaluating, warmup
+from .inference import warmup
 from .loader import Batch
 from .nn import CONVS, INPUTS, StoreConv, StoreUse
 from .partitioning import cache_folder
 from .places import resolve
+from .relation_conv import RelationConv
 from .store import Codec, NodeStore
 from .survey import examine, settle
 from .transfer import TransferEngine
@@ -37,7 +40,7 @@ _PROBE_NODES = 8
 
 def convert(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     method: str = "vq",
     codec: str | Codec | None = None,
     input: str = "auto",
@@ -56,23 +59,25 @@ def convert(
             GATConv have fused kernels; every other `MessagePassing` runs its own code (`vqgnn.paths` tells which does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
-            GPU: give BatchLoader the model's device then.
+            GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
+            `to_hetero` or of its `HeteroConv` layers, serves one edge type: conv((x_source, x_target), graph).
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
-            conv is an attention.
+            conv is an attention. Of a HeteroData, "auto" is rows: C X is a table for every edge type.
         grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
             convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
+            `model(batch.x_dict, batch.graph_dict)`.
         place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
             (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
-            "pinned" (see `NodeStore`).
+            "pinned" (see `NodeStore`). A HeteroData takes "device" and, on the CPU, "disk".
         folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
@@ -94,8 +99,19 @@ def convert(
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
-    graph, device = Graph.of(data), device_of(model, data)
     convs = _find(model)
+    if isinstance(data, HeteroData):
+        if place in ("host", "pinned"):
+            raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
+
+        def make_stores(wanted: list[tuple[object, str, dict]]) -> None:
+            on = device_of(model, data.node_stores[0])
+            _make_stores(wanted, on, on, place, folder, codebook)
+
+        options = hetero.Options(method, codec, input, grad, default_grad, seed)
+        hetero.convert(model, data, convs, options, fill, forward, make_stores)
+        return model
+    graph, device = Graph.of(data), device_of(model, data)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
     before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in convs.values()}
     try:
@@ -138,13 +154,7 @@ def convert(
                         wanted.append((hop, "grads", {**shape, "dim": hop.out_dim, "grad": False}))
         if codec is None:
             wanted.clear()
-        needed = sum(NodeStore.size_of(**shape) for _, _, shape in wanted)
-        place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
-        where = {"place": place, "folder": folder, "device": device}
-        if wanted and place in ("host", "disk"):
-            where["engine"] = TransferEngine(device=device)
-        for owner, attribute, shape in wanted:
-            setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
+        place, folder = _make_stores(wanted, device, graph.x.device, place, folder, codebook)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, (cls, survey) in before.items():
             conv.__class__ = cls
@@ -168,11 +178,32 @@ def convert(
     return model
 
 
+def _make_stores(
+    wanted: list[tuple[object, str, dict]],
+    device: torch.device,
+    graph_device: torch.device,
+    place: str,
+    folder: str | Path | None,
+    codebook: dict,
+) -> tuple[str, Path]:
+    """Set each owner's attribute to the store with these arguments; returns where they lie."""
+    needed = sum(NodeStore.size_of(**shape) for _, _, shape in wanted)
+    place, folder = resolve(place, needed, device, graph_device), Path(folder or cache_folder() / "state")
+    where = {"place": place, "folder": folder, "device": device}
+    if wanted and place in ("host", "disk"):
+        where["engine"] = TransferEngine(device=device)
+    for owner, attribute, shape in wanted:
+        setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
+    return place, folder
+
+
 def stores(model: nn.Module) -> dict[str, NodeStore]:
     """The node-state stores of a converted model by the path of their conv.
 
     They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. A conv that
-    PyG's code computes may have several: "conv.hop1" of its second propagate's inputs, "conv.grad" of gradients.
+    PyG's code computes may have several: "conv.hop1" of its second propagate's inputs, "conv.grad" of gradients. Of a
+    HeteroData, the convs of a layer share the states of a node type, which stand at the first of them; gradients are
+    each conv's own.
     """
     found = {}
     for name, module in model.named_modules():
@@ -185,7 +216,8 @@ class ConvPath(NamedTuple):
     """How a conv of a converted model gets its messages.
 
     path: "fused" (one kernel reads states in place) or "generic" (PyG's own code on decoded rows). reads: where the
-    rows of out-of-batch nodes come from. bytes_per_node: of state, for every node of the graph.
+    rows of out-of-batch nodes come from. bytes_per_node: of state, for every node of the graph (of a HeteroData, every
+    source of states and target of gradients; shared states count once).
     """
 
     name: str
@@ -212,7 +244,7 @@ def paths(model: nn.Module) -> Paths:
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
     found = Paths()
     for name, conv in convs.items():
-        generic = isinstance(conv, GenericConv)
+        generic = isinstance(conv, GenericConv) or (isinstance(conv, RelationConv) and not conv.fixed)
         held = conv.stores().values()
         nbytes = sum(table.nbytes / store.num_nodes for store in held for table in store.tables.values())
         reads = conv.reads()

@@ -93,11 +93,16 @@ class GenericConv(StoreConv):
 
 def make_generic(conv: MessagePassing) -> None:
     """Give a PyG conv its generic class."""
-    added = {name for mixin in (StoreConv, GenericConv) for name in vars(mixin) if not hasattr(MessagePassing, name)}
+    refuse_taken_names(conv, StoreConv, GenericConv)
+    conv.__class__ = generic_class(type(conv))
+
+
+def refuse_taken_names(conv: MessagePassing, *mixins: type) -> None:
+    """Raise a ValueError where a conv has a name that these classes would give it."""
+    added = {name for mixin in mixins for name in vars(mixin) if not hasattr(MessagePassing, name)}
     taken = sorted(name for name in added if hasattr(conv, name))
     if taken:
         raise ValueError(f"{type(conv).__name__} has {', '.join(taken)}, a name that vqgnn gives to convs; rename it")
-    conv.__class__ = generic_class(type(conv))
 
 
 @cache

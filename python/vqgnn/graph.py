@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import add_self_loops, degree, remove_self_loops
 
@@ -70,10 +70,12 @@ class Matrix:
     weight_t: Tensor | None
 
     @classmethod
-    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int) -> Matrix:
+    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int, num_sources: int | None = None) -> Matrix:
+        """num_sources: columns, where they are other nodes than the rows."""
         source, target = edge_index
-        rowptr, col, order = _compress(target, source, num_nodes)
-        rowptr_t, col_t, order_t = _compress(source, target, num_nodes)
+        num_sources = num_nodes if num_sources is None else num_sources
+        rowptr, col, order = compress(target, source, num_nodes, num_sources)
+        rowptr_t, col_t, order_t = compress(source, target, num_sources, num_nodes)
         if torch.equal(rowptr, rowptr_t) and torch.equal(col, col_t):
             rowptr_t, col_t = rowptr, col
         weights = (None, None) if weight is None else (weight[order].contiguous(), weight[order_t].contiguous())
@@ -89,20 +91,55 @@ class Matrix:
 EDGE_TENSORS = ("edge_weight", "edge_attr", "edge_type")  # of the data, which convs ask for by these names
 
 
-def _edge_weight(data: Data) -> Tensor | None:
+def edge_weight(data: Data) -> Tensor | None:
     return data.edge_weight if "edge_weight" in data else None
 
 
-def _edge_tensors(data: Data) -> dict[str, Tensor]:
+def edge_tensors(data: Data) -> dict[str, Tensor]:
     return {name: data[name] for name in EDGE_TENSORS if isinstance(data.get(name), Tensor)}
 
 
-def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
-    order = torch.argsort(row * num_nodes + col, stable=True)
-    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
-    torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=rowptr[1:])
+    order = torch.argsort(row * num_cols + col, stable=True)
+    rowptr = torch.zeros(num_rows + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(torch.bincount(row, minlength=num_rows), 0, out=rowptr[1:])
     return rowptr, col[order].to(torch.int32), order
+
+
+def check_features(name: str, x: Tensor | None, num_nodes: int | None) -> None:
+    """Raise a ValueError unless x, called so, is what a graph's features must be."""
+    if x is None or x.dim() != 2 or x.size(0) != num_nodes:
+        came = None if x is None else tuple(x.shape)
+        raise ValueError(f"{name} must be [num_nodes={num_nodes}, features], got {came}; give every node features")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {x.dtype}; set {name} = {name}.float()")
+    if num_nodes >= 2**31:
+        raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
+
+
+def check_edge_index(name: str, edge_index: object) -> None:
+    if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+        came = getattr(edge_index, "shape", None) or type(edge_index).__name__
+        raise ValueError(f"{name} must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
+    if edge_index.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {edge_index.dtype}; convert it with .long()")
+
+
+def check_ids(name: str, ids: Tensor, num_nodes: int, setting: str) -> None:
+    """Raise a ValueError unless all node ids are below num_nodes, which `setting` of the data is."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_nodes):
+        raise ValueError(
+            f"{name} holds node ids {int(ids.min())}..{int(ids.max())}, allowed are 0..{num_nodes - 1}; "
+            f"drop those edges or set {setting}"
+        )
+
+
+def check_edge_weight(name: str, weight: Tensor | None, num_edges: int) -> None:
+    if weight is not None and weight.shape != (num_edges,):
+        raise ValueError(
+            f"{name} must be [num_edges={num_edges}], got {list(weight.shape)}; give every edge one number"
+        )
 
 
 class Graph:
@@ -117,36 +154,17 @@ class Graph:
         edge_index, num_nodes = data.edge_index, data.num_nodes
         self.folder = data.folder if isinstance(data, MappedData) else None  # its files have been checked
         if self.folder is not None:
-            if edge_index is not None or _edge_weight(data) is not None or data.x is not self.folder.tensor("x"):
+            if edge_index is not None or edge_weight(data) is not None or data.x is not self.folder.tensor("x"):
                 raise ValueError("a graph on disk takes x and the edges from its folder; write another folder instead")
             edge_index = torch.empty(2, 0, dtype=torch.int64)
-        elif not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
-            came = getattr(edge_index, "shape", None) or type(edge_index).__name__
-            raise ValueError(f"data.edge_index must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
-        if data.x is None or data.x.dim() != 2 or data.x.size(0) != num_nodes:
-            came = None if data.x is None else tuple(data.x.shape)
-            raise ValueError(f"data.x must be [num_nodes={num_nodes}, features], got {came}; give every node features")
-        if data.x.dtype != torch.float32:
-            raise ValueError(f"data.x must be float32, got {data.x.dtype}; set data.x = data.x.float()")
-        if edge_index.dtype != torch.int64:
-            raise ValueError(f"data.edge_index must be int64, got {edge_index.dtype}; convert it with .long()")
-        if num_nodes >= 2**31:
-            raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
-        if edge_index.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes):
-            low, high = int(edge_index.min()), int(edge_index.max())
-            raise ValueError(
-                f"data.edge_index holds node ids {low}..{high}, allowed are 0..{num_nodes - 1}; "
-                "drop those edges or set data.num_nodes"
-            )
+        check_edge_index("data.edge_index", edge_index)
+        check_features("data.x", data.x, num_nodes)
+        check_ids("data.edge_index", edge_index, num_nodes, "data.num_nodes")
         self.num_nodes = num_nodes
         self.edge_index = data.edge_index
-        self.edge_weight = _edge_weight(data)
-        if self.edge_weight is not None and self.edge_weight.shape != edge_index.shape[1:]:
-            raise ValueError(
-                f"data.edge_weight must be [num_edges={edge_index.size(1)}], got {list(self.edge_weight.shape)}; "
-                "give every edge one number"
-            )
-        self.edge_tensors = _edge_tensors(data)
+        self.edge_weight = edge_weight(data)
+        check_edge_weight("data.edge_weight", self.edge_weight, edge_index.size(1))
+        self.edge_tensors = edge_tensors(data)
         self.x = data.x
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
@@ -159,8 +177,10 @@ class Graph:
     @classmethod
     def of(cls, data: Data) -> Graph:
         """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
+        if isinstance(data, HeteroData):
+            raise ValueError("data is a HeteroData, which only convert, BatchLoader, layerwise and warmup take")
         graph = cls._known.get(data)
-        edges = _edge_tensors(data)
+        edges = edge_tensors(data)
         now = (data.edge_index, data.x, *map(edges.get, EDGE_TENSORS))
         known = None
         if graph is not None:
@@ -182,7 +202,7 @@ class Graph:
         if (convolution, transposed) not in self._orders:
             source, target = convolution.edges(self)[0]
             ends = (source, target) if transposed else (target, source)
-            self._orders[convolution, transposed] = _compress(*ends, self.num_nodes)[2]
+            self._orders[convolution, transposed] = compress(*ends, self.num_nodes, self.num_nodes)[2]
         return self._orders[convolution, transposed]
 
     def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
@@ -205,7 +225,7 @@ class Graph:
                 self.matrix(convolution)  # before, so that its time is not C X's
                 out = self.folder.product(convolution, self.x.shape, lambda: self._product_chunks(convolution))
             else:
-                out = torch.empty_like(self.x)
+                out = self.x.new_empty(self.num_nodes, self.x.size(1))
                 for i, chunk in enumerate(self._product_chunks(convolution)):
                     out[i * _CHUNK : i * _CHUNK + len(chunk)] = chunk
             self._products[convolution] = out
@@ -215,6 +235,10 @@ class Graph:
         for start in range(0, self.num_nodes, _CHUNK):
             stop = min(start + _CHUNK, self.num_nodes)
             yield self.propagate(convolution, self.features, start, stop, self.x.size(1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
     @property
     def features(self) -> Rows:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from tqdm import tqdm
 
 from vqgnn_kernels import Rows
 
-from . import tables
+from . import hetero_inference, tables
+from .calling import alike, call_model, device_of, evaluating
 from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch
 from .loader import Batch, BatchLoader
 from .nn import StoreConv
@@ -23,41 +23,18 @@ _BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 chann
 _PROBE_NODES = 8
 
 
-def call_model(model: nn.Module, batch: Batch) -> Tensor:
-    """The default way to call a model on a batch."""
-    return model(batch.x, batch.graph)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards. Eager: each pass would be compiled anew."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(model: nn.Module, data: Data) -> torch.device:
-    """Where the model computes."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), data.x.device)
-
-
 @torch.no_grad()
 def layerwise(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     batch_size: int | None = None,
     method: str = "exact",
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
     progress: bool = False,
-) -> Tensor:
-    """The converted model's output for every node of `data`, [n, out_channels].
+) -> Tensor | dict[str, Tensor]:
+    """The converted model's output for every node of `data`, [n, out_channels]; a dict by type where it returns one.
 
     One pass over the nodes a conv: pass l computes conv l for every node from exact inputs of every neighbour, keeps
     its output, and records what the next conv is given. The result is the whole graph's, for any model; memory is
@@ -83,11 +60,13 @@ def layerwise(
         raise ValueError(f"dtype={dtype} is not supported for kept rows; use torch.float32 or torch.float16")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if folder is not None and data.x.is_cuda:
+    if folder is not None and not isinstance(data, HeteroData) and data.x.is_cuda:
         raise ValueError(f"folder={str(folder)!r} needs data on the CPU, its x is on {data.x.device}; leave folder out")
     convs = [module for module in model.modules() if isinstance(module, StoreConv)]
     if not convs or any(conv.store_use is None for conv in convs):
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
+    if isinstance(data, HeteroData):
+        return hetero_inference.layerwise(model, data, batch_size, method, dtype, folder, forward, progress)
     with evaluating(model):
         if method == "stale":
             loader = BatchLoader(data, batch_size, seed=0, device=device_of(model, data))
@@ -104,7 +83,7 @@ def layerwise(
 @torch.no_grad()
 def warmup(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
@@ -116,15 +95,12 @@ def warmup(
     dtype, folder and progress are those of `layerwise`.
     """
 
+    if isinstance(data, HeteroData):
+        hetero_inference.fill_stores(model, data, forward, dtype, folder, progress)
+        return
+
     def fill(conv: StoreConv, rows: Tensor) -> None:
-        store, n = conv.store_use.store, rows.size(0)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
-        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
-            store.push(n_id, rows[n_id].to(store.device, torch.float32))
-        if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
-            for n_id in torch.arange(n, device=rows.device).split(_BATCH):
-                store.recode(n_id, rows[n_id].to(store.device))
+        conv.store_use.store.fill(rows, progress)
 
     visit_inputs(model, data, fill, forward, dtype, folder, progress)
 
@@ -330,7 +306,7 @@ class _Sweep:
         rows.clear()
         with torch.no_grad():
             run(min(count, max(2, count // 2)))  # one row alone has no variance
-        splits = all(_alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
+        splits = all(alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
         return num_convs, is_chain, splits
 
     def _messages(self, conv: StoreConv, source: Tensor, batch: BatchGraph) -> Tensor:
@@ -378,9 +354,3 @@ class _Sweep:
         if self.folder is None:
             return torch.empty(size, dtype=dtype, device=self.graph.x.device)
         return tables.zeros(self.folder, *size, dtype=dtype)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether rows are the same but for rounding."""
-    tolerance = max(1e-4, 16 * torch.finfo(a.dtype).eps)
-    return bool((a - b).norm() <= tolerance * a.norm())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
@@ -23,6 +24,7 @@ from .transfer import Ticket, TransferEngine
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
+_FILLED = 32_768  # nodes at a time
 _ENCODED = ("data", "scale", "grad_data", "grad_scale")  # the tables that kernels read
 
 # A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
@@ -323,6 +325,16 @@ class NodeStore(nn.Module):
                 self._send("softmax", n_id, softmax)
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
+
+    def fill(self, rows: Tensor, progress: bool = False) -> None:
+        """Push the states of all nodes, rows [n, dim], in random order."""
+        n = rows.size(0)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(rows.device).split(_FILLED)
+        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
+            self.push(n_id, rows[n_id].to(self.device, torch.float32))
+        if self.codebook is not None:  # the first codes were given before the codebook had seen all rows
+            for n_id in torch.arange(n, device=rows.device).split(_FILLED):
+                self.recode(n_id, rows[n_id].to(self.device))
 
     @torch.no_grad()
     def recode(self, n_id: Tensor, x: Tensor) -> None:
