@@ -82,7 +82,8 @@ def new_nodes(
         csr = batch.csr(use.convolution)[0]
         csr = csr._replace(halo=csr.halo - k)
         neighbours = Neighbours(csr, Rows("fp32", states.float().contiguous(), None, None))
-        return conv.combine(value, conv.batch_messages(conv.message_input(value), neighbours)[0])
+        messages, _ = conv.batch_messages(conv.message_input(value), neighbours, conv.message_query(value))
+        return conv.combine(value, messages)
 
     with evaluating(model):
         batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
