@@ -108,6 +108,7 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "GATConv": lambda: Model(lambda i, o: pyg.GATConv(i, o, heads=2, concat=False)),
     "GATv2Conv": lambda: Model(lambda i, o: pyg.GATv2Conv(i, o, heads=2, concat=False)),
     "TransformerConv": lambda: Model(lambda i, o: pyg.TransformerConv(i, o, heads=2, concat=False, beta=True)),
+    "AGNNConv": lambda: Predicting(pyg.AGNNConv()),
     "PNAConv": lambda: Model(
         lambda i, o: pyg.PNAConv(i, o, ["mean", "max", "std"], ["identity", "amplification"], _DEGREES)
     ),

@@ -19,8 +19,8 @@ from vqgnn.inference import layerwise
 
 # `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
 # checks to one conv of each kind: an attention, several hops, a sum.
-SLOW = {"compile": ("GATv2Conv", "ARMAConv"), "vq gradient": ("GATv2Conv", "ARMAConv", "GraphConv")}
-FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv")
+SLOW = {"compile": ("AGNNConv", "ARMAConv"), "vq gradient": ("AGNNConv", "ARMAConv", "GraphConv")}
+FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv", "GATv2Conv", "TransformerConv")
 CELLS = [
     (conv, check)
     for conv in conv_table.CONVS
@@ -239,7 +239,7 @@ def test_only_training_writes_the_stores(data):
 
 
 @pytest.mark.parametrize("copies", ["deepcopy", "torch.save"])
-@pytest.mark.parametrize("conv", ["GATv2Conv", "ARMAConv"])
+@pytest.mark.parametrize("conv", ["AGNNConv", "ARMAConv"])
 def test_copies_have_stores_of_their_own(conv, copies, data):
     model = vqgnn.convert(conv_table.CONVS[conv](), data, method="lmc", grad=True)
     if copies == "deepcopy":
@@ -271,7 +271,7 @@ def test_state_dicts_go_both_ways(conv, data):
 
 
 def test_hooks_see_one_call(data):
-    conv = pyg.GATv2Conv(6, 3)
+    conv = pyg.AGNNConv()
     seen = []
     conv.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     vqgnn.convert(conv, data)
@@ -315,7 +315,7 @@ def test_of_another_graph_a_conv_makes_its_edges_anew(conv, nodes, data):
 
 def test_paths_tell_what_every_conv_does(data, capsys):
     model = nn.ModuleDict(
-        {"a": pyg.GCNConv(6, 8), "b": pyg.GATv2Conv(8, 8), "c": pyg.GraphConv(8, 8), "d": pyg.APPNP(3, 0.1)}
+        {"a": pyg.GCNConv(6, 8), "b": pyg.GATv2Conv(8, 8, edge_dim=2), "c": pyg.GraphConv(8, 8), "d": pyg.APPNP(3, 0.1)}
     )
 
     def forward(model, batch):

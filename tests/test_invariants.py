@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,17 @@ from torch_geometric.utils import to_dense_adj
 
 import vqgnn
 from vqgnn.graph import Graph
+from vqgnn.models import Transformer
 from vqgnn_kernels import CSR, aggregate
 
 FIXED = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}  # convolutions
-MODELS = {**FIXED, "gat": models.GAT}
+ATTENTIONS = {
+    "gat": models.GAT,
+    "gatv2": partial(models.GAT, v2=True),
+    "gatv2-shared": partial(models.GAT, v2=True, share_weights=True),
+    "transformer": partial(Transformer, beta=True),
+}
+MODELS = {**FIXED, **ATTENTIONS}
 METHODS = ("vq", "gas", "lmc", "drop", "full")
 LAYERS, HIDDEN, CLASSES = 3, 10, 4
 
@@ -27,7 +35,7 @@ def data(request):
 
 def build(name, data, **options):
     options = {"norm": None, "dropout": 0.0, **options}
-    if name == "gat":
+    if name in ATTENTIONS:
         options["heads"] = 2
     return MODELS[name](data.num_features, HIDDEN, LAYERS, CLASSES, **options)
 
@@ -167,7 +175,7 @@ def train(model, optimizer, data, epochs):
     return losses
 
 
-@pytest.mark.parametrize("name", ["gcn", "gat"])
+@pytest.mark.parametrize("name", ["gcn", "gat", "gatv2"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
 def test_7_resumed_training_goes_on_bit_for_bit(name, method, data, tmp_path):
     codec = "pq:d=4,k=8" if method == "vq" else "int8"

@@ -39,6 +39,15 @@ CONVS = {
     "gat-no-loops": lambda m: m.GATConv(F_IN, F_OUT, heads=2, add_self_loops=False),
     "gat-residual": lambda m: m.GATConv(F_IN, F_OUT, heads=2, residual=True),
     "gat-no-bias": lambda m: m.GATConv(F_IN, F_OUT, heads=2, bias=False),
+    "gatv2": lambda m: m.GATv2Conv(F_IN, F_OUT),
+    "gatv2-mean": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=3, concat=False, negative_slope=0.5),
+    "gatv2-shared": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=2, share_weights=True, bias=False),
+    "gatv2-residual": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=2, residual=True, add_self_loops=False),
+    "transformer": lambda m: m.TransformerConv(F_IN, F_OUT),
+    "transformer-heads": lambda m: m.TransformerConv(F_IN, F_OUT, heads=3, bias=False),
+    "transformer-mean": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, concat=False, beta=True),
+    "transformer-beta": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, beta=True),
+    "transformer-no-root": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, root_weight=False, beta=True),
 }
 every_conv = pytest.mark.parametrize("name", CONVS)
 every_graph = pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import vqgnn
 from vqgnn import datasets, graph_writer, new_nodes, serving
 from vqgnn.cli import main
 from vqgnn.inference import layerwise
+from vqgnn.models import Transformer
 
-MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
+MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT, "transformer": Transformer}
 NEW, KNOWN = 9, 40
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 _RANDOM, _LEARNED = "random:", "learned:"
 _METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
+ATTENTIONS = ("gat", "gatv2", "transformer")  # the models with heads
 
 
 class InputError(ValueError):
@@ -47,7 +48,9 @@ class Config:
         "Score: accuracy, with several labels micro-F1; or the area under the ROC curve. --task link: Hits@K, of a "
         "recommender Recall@20; or the mean reciprocal rank.",
     )
-    model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
+    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "mlp"] = option(
+        "gcn", "Model; 'mlp' ignores the graph."
+    )
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",
         "What a batch knows of the nodes outside it: codes, rows, rows and gradients, nothing; or the whole graph.",
@@ -76,8 +79,8 @@ class Config:
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
-    heads: int = option(4, "Attention heads of --model gat, which share the hidden channels.", 1)
-    dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
+    heads: int = option(4, "Attention heads of gat, gatv2 and transformer, which share the hidden channels.", 1)
+    dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
     optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
@@ -107,7 +110,7 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
-        if self.model == "gat" and self.hidden % self.heads:
+        if self.model in ATTENTIONS and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         self._check_features()
         num_parts, _ = self.parts_pair()

@@ -55,8 +55,9 @@ def convert(
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
     Args:
-        model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv and
-            GATConv have fused kernels; every other `MessagePassing` runs its own code (`vqgnn.paths` tells which does).
+        model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
+            GATv2Conv and TransformerConv (without edge features) have fused kernels; every other `MessagePassing` runs
+            its own code (`vqgnn.paths` tells which does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
             GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
@@ -139,6 +140,8 @@ def convert(
                 if use.input is None:
                     heads = conv.softmax_heads
                     wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
+                    if keep and conv.query_channels:
+                        wanted.append((use, "queries", {**shape, "dim": conv.query_channels, "grad": False}))
                 continue
             if device != graph.x.device:
                 raise ValueError(
@@ -200,10 +203,10 @@ def _make_stores(
 def stores(model: nn.Module) -> dict[str, NodeStore]:
     """The node-state stores of a converted model by the path of their conv.
 
-    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. A conv that
-    PyG's code computes may have several: "conv.hop1" of its second propagate's inputs, "conv.grad" of gradients. Of a
-    HeteroData, the convs of a layer share the states of a node type, which stand at the first of them; gradients are
-    each conv's own.
+    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. Some convs have
+    several: "conv.query" of an attention's queries; of one that PyG's code computes "conv.hop1" of its second
+    propagate's inputs and "conv.grad" of gradients. Of a HeteroData, the convs of a layer share the states of a node
+    type, which stand at the first of them; gradients are each conv's own.
     """
     found = {}
     for name, module in model.named_modules():

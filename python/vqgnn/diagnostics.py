@@ -26,7 +26,8 @@ class LayerError:
 
     relative_error: eps = |X~ - X| / |X| over all nodes; of it quantisation alone, with fresh codes (or rows) of X:
         `quantisation`. The rest is staleness.
-    messages: |M~_B - M_B|, the error of the batch's messages; None of a conv that PyG's own code computes.
+    messages: |M~_B - M_B|, the error of the batch's messages; None of a conv that PyG's own code computes, and of an
+    attention whose queries do not follow from what is stored.
     bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None where C depends on X
         (attention): the constant is then a matter of how fast it changes.
 
@@ -101,7 +102,7 @@ def _layer_error(
     store, convolution, scale = conv.store_use.store, conv.store_use.convolution, exact.norm()
     error = (store.pull() - exact).norm() / scale
     quantisation = (store.quantised(exact) - exact).norm() / scale
-    if isinstance(conv, Hop):
+    if isinstance(conv, Hop) or conv.query_channels:
         return LayerError(name, float(error), float(quantisation))
     n_id = batch.graph.origin.n_id
     csr, csr_t = batch.graph.csr(convolution)

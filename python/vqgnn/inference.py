@@ -239,7 +239,7 @@ class _Sweep:
         if output is not None:
             out = output(self.graph.features if source is batch.x else self.inputs, x)
         else:
-            out = conv.combine(x, self._messages(conv, source, batch))
+            out = conv.combine(x, self._messages(conv, x, source, batch))
         if len(self.widths) == index:
             self.widths.append(out.size(1))
             if not (self.chain or self.last):
@@ -309,14 +309,14 @@ class _Sweep:
         splits = all(alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
         return num_convs, is_chain, splits
 
-    def _messages(self, conv: StoreConv, source: Tensor, batch: BatchGraph) -> Tensor:
+    def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:
         use, dim = conv.store_use, source.size(1)
         if source is batch.x:
             if use.input == "precompute":
                 return self.graph.product(use.convolution)[slice(*self.range)].to(source)
             return self.graph.propagate(use.convolution, self.graph.features, *self.range, dim).to(source)
         if self.quantise or not conv.fixed:
-            return conv.batch_messages(source, batch.read(self.inputs, use.convolution))[0]
+            return conv.batch_messages(source, batch.read(self.inputs, use.convolution), conv.message_query(x))[0]
         return self.graph.propagate(use.convolution, self.inputs, *self.range, dim).to(source)
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:

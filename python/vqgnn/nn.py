@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor
-from torch_geometric.typing import OptPairTensor, OptTensor
+from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
-from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, row_scores
+from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, pull_rows, row_scores
 
 from .global_attention import GlobalAttention as GlobalAttention
 from .graph import BatchGraph, Convolution
@@ -31,7 +31,8 @@ class StoreUse:
 
     store: None drops their messages. input: None, or how the input layer reads the given features
     ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. reads: of the
-    whole model, stores whose rows take time to come, so that the first conv asks for all of them.
+    whole model, stores whose rows take time to come, so that the first conv asks for all of them. queries: where
+    gradients are kept, the queries of an attention whose `query_channels` are not 0.
     """
 
     convolution: Convolution
@@ -39,6 +40,7 @@ class StoreUse:
     input: str | None = None
     whole: bool = False
     reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
+    queries: NodeStore | None = None
 
     def __str__(self) -> str:
         """What a conv reads of nodes outside a batch."""
@@ -57,6 +59,7 @@ class StoreConv:
     input_slices = "exact_neighbours"  # the method of BatchGraph that `input_messages` calls
     chains = True  # whether x and a batch's graph are all that it takes
     softmax_heads = 0  # of which a store of gradients must keep the softmax
+    query_channels = 0  # of an attention's queries, where they do not follow from what neighbours are told
 
     def forward(self, x, edge_index, *args, **kwargs):
         if not isinstance(edge_index, BatchGraph):
@@ -79,11 +82,18 @@ class StoreConv:
         """[b, f]: what neighbours are told, X of C X."""
         return x
 
-    def batch_messages(self, source: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor | None]:
+    def message_query(self, x: Tensor) -> Tensor | None:
+        """[b, query_channels]: what the batch's own nodes ask neighbours by; None where there is no such thing."""
+        return None
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Messages M [r, f] of batch rows `source` [b, f] and of halo rows in a table, by eq. 6.
 
-        Their gradient takes in the halo's from its table, by eq. 7. The second result is the log-sum-exp [r, heads] of
-        an attention's scores.
+        Their gradient takes in the halo's from its table, by eq. 7. `query` [r + h_t, query_channels] are the queries
+        of the rows, then of csr_t's halo where its gradients are known. The second result is the log-sum-exp
+        [r, heads] of an attention's scores.
         """
         return aggregate(source, *neighbours[:4]), None
 
@@ -107,20 +117,25 @@ class StoreConv:
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
             graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
-        source, store = self.message_input(x), use.store
+        source, query, store = self.message_input(x), self.message_query(x), use.store
         if store is None:
             csr, csr_t = graph.csr(use.convolution)
-            return self.batch_messages(source, Neighbours(csr, None, csr_t))[0]
-        neighbours = _stored(graph, use) if use.reads else graph.neighbours(store, use.convolution)
-        messages, lse = self.batch_messages(source, neighbours)
+            return self.batch_messages(source, Neighbours(csr, None, csr_t), query)[0]
+        if use.reads:
+            neighbours, asked = _stored(graph, use)
+        else:
+            neighbours, asked = graph.neighbours(store, use.convolution), _stored_queries(graph, use)
+        messages, lse = self.batch_messages(source, neighbours, query if asked is None else torch.cat([query, asked]))
         if self.training:
             n_id = graph.n_id if store.in_place else graph.origin.n_id
-            self._record(store, n_id, source, messages, lse)
+            self._record(n_id, source, query, messages, lse)
         return messages
 
-    def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor, lse: Tensor | None) -> None:
+    def _record(self, n_id: Tensor, x: Tensor, query: Tensor | None, messages: Tensor, lse: Tensor | None) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
+        store, queries = self.store_use.store, self.store_use.queries
         x, values = x.detach(), messages.detach()
+        query = None if queries is None else query.detach()
         # compiled, every push goes through the one opaque op of the backward: a codebook's update cannot be traced
         if not (messages.requires_grad and (store.grad or torch.compiler.is_compiling())):
             store.push(n_id, x)
@@ -131,8 +146,12 @@ class StoreConv:
             if lse is not None:
                 softmax = torch.stack([lse, (g.float() * values.float()).view(*lse.shape, -1).sum(2)], 1)
             if torch.compiler.is_compiling():
+                if queries is not None:
+                    g = torch.ops.vqgnn.record(queries.handle, n_id, query, g)
                 return torch.ops.vqgnn.record(store.handle, n_id, x, g, softmax)
             store.push(n_id, x, g, softmax)
+            if queries is not None:
+                queries.push(n_id, query)
             return None
 
         messages.register_hook(push)
@@ -143,7 +162,8 @@ class StoreConv:
 
     def stores(self) -> dict[str, NodeStore]:
         """By what stands behind the conv's name."""
-        found = {"": None if self.store_use is None else self.store_use.store}
+        use = self.store_use
+        found = {} if use is None else {"": use.store, ".query": use.queries}
         return {name: store for name, store in found.items() if store is not None}
 
     def _apply(self, fn, *args, **kwargs):
@@ -159,8 +179,16 @@ def _start(graph: BatchGraph, use: StoreUse) -> None:
 
 
 @torch.compiler.disable
-def _stored(graph: BatchGraph, use: StoreUse) -> Neighbours:
-    return graph.neighbours(use.store, use.convolution)
+def _stored(graph: BatchGraph, use: StoreUse) -> tuple[Neighbours, Tensor | None]:
+    return graph.neighbours(use.store, use.convolution), _stored_queries(graph, use)
+
+
+def _stored_queries(graph: BatchGraph, use: StoreUse) -> Tensor | None:
+    """[h_t, query_channels] of the nodes that the batch sends to, where their gradients are kept."""
+    if use.queries is None:
+        return None
+    where = graph if use.queries.in_place else graph.origin
+    return use.queries.pull(where.csr(use.convolution)[1].halo)
 
 
 def _entries(csr: CSR, rows: Rows) -> Tensor:
@@ -183,6 +211,15 @@ def _require(conv, allowed: bool, option: str, came, what: str) -> None:
             f"{name}({option}={came!r}) cannot read a node-state store; use {what}, or torch_geometric.nn.{name}, of "
             "which PyG's own code then runs"
         )
+
+
+def _require_attention(conv: Attention) -> None:
+    _require(conv, conv.flow == "source_to_target", "flow", conv.flow, "flow='source_to_target'")
+    _require(conv, conv.aggr in ("sum", "add"), "aggr", conv.aggr, "aggr='sum'")
+    _require(
+        conv, isinstance(conv.in_channels, int), "in_channels", conv.in_channels, "one number for source and target"
+    )
+    _require(conv, conv.edge_dim is None, "edge_dim", conv.edge_dim, "edge_dim=None")
 
 
 class GCNConv(StoreConv, pyg.GCNConv):
@@ -234,15 +271,13 @@ class GINConv(StoreConv, pyg.GINConv):
         return self.nn(messages + (1 + self.eps) * x)
 
 
-class GATConv(StoreConv, pyg.GATConv):
-    """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
+class Attention(StoreConv):
+    """Mix-in: a softmax over edges weighs the messages. Has `heads` and `dropout`.
 
-    The store keeps z. Gradients reach W and a through the batch's own rows, from messages to the batch alone or, with
-    a gradient store (`convert(..., grad=True)`), to out-of-batch nodes too.
+    Gradients reach the weights through the batch's own rows, from messages to the batch alone or, with a gradient store
+    (`convert(..., grad=True)`), to out-of-batch nodes too.
     """
 
-    propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
-    edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
     fixed = False
     input_slices = "bipartite"
 
@@ -250,50 +285,160 @@ class GATConv(StoreConv, pyg.GATConv):
     def softmax_heads(self) -> int:
         return self.heads
 
+    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
+        source = self.message_input(torch.cat([x, halo]))
+        return self.batch_messages(source, Neighbours(csr, None, csr_t), self.message_query(x))[0]
+
+    def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
+        """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""
+        csr, rows, csr_t, grad_rows, _, softmax = neighbours
+        if rows is not None and rows.codebook is not None:
+            # learns between forward and backward, which must read the same rows
+            rows = rows._replace(codebook=rows.codebook.clone())
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**31, (), device=source.device) if dropout else 0
+        out, lse = attention_aggregate(
+            source, csr, query, heads=self.heads, rows=rows, csr_t=csr_t, grad_rows=grad_rows, halo_stats=softmax,
+            dropout=dropout, seed=seed, **options,
+        )  # fmt: skip
+        return out.flatten(1), lse
+
+    def join_heads(self, messages: Tensor) -> Tensor:
+        """[b, heads * out_channels], or with concat=False their mean over the heads."""
+        return messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)
+
+
+class GATConv(Attention, pyg.GATConv):
+    """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
+
+    The store keeps z.
+    """
+
+    propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
+    edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
+
     def convolution(self) -> Convolution:
-        _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
-        _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
-        _require(self, self.lin is not None, "in_channels", self.in_channels, "one number for source and target")
-        _require(self, self.edge_dim is None, "edge_dim", self.edge_dim, "edge_dim=None")
+        _require_attention(self)
         return Convolution("attention", add_self_loops=self.add_self_loops)
 
     def message_input(self, x: Tensor) -> Tensor:
         return self.lin(x)
 
-    def batch_messages(self, source: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor | None]:
-        csr, rows, csr_t, grad_rows, rows_t, softmax = neighbours
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        csr, rows, csr_t, grad_rows, rows_t, _ = neighbours
         values = source.view(-1, self.heads, self.out_channels)
         key = (values * self.att_src).sum(2)
         query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)
         if rows is not None:
             key = torch.cat([key, row_scores(rows, _entries(csr, rows), self._score_weight(self.att_src))])
-            if rows.codebook is not None:  # learns between forward and backward, which must read the same rows
-                rows = rows._replace(codebook=rows.codebook.clone())
         if grad_rows is not None:
             query = torch.cat([query, row_scores(rows_t, _entries(csr_t, rows_t), self._score_weight(self.att_dst))])
-        dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**31, (), device=key.device) if dropout else 0
-        out, lse = attention_aggregate(
-            source, csr, query, key, heads=self.heads, mode="additive", rows=rows, csr_t=csr_t, grad_rows=grad_rows,
-            halo_stats=softmax, negative_slope=self.negative_slope, dropout=dropout, seed=seed,
-        )  # fmt: skip
-        return out.flatten(1), lse
+        return self.attend(source, neighbours, query, key=key, mode="additive", negative_slope=self.negative_slope)
 
     def _score_weight(self, attention: Tensor) -> Tensor:
         """[heads * out_channels, heads]: z @ it is z's score by head."""
         by_head = attention[0, :, :, None] * torch.eye(self.heads, device=attention.device)[:, None, :]
         return by_head.flatten(0, 1).detach()
 
-    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
-        csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
-        x = torch.cat([x, halo])
-        return self.batch_messages(self.message_input(x), Neighbours(csr, None, csr_t))[0]
-
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
-        out = messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)
+        out = self.join_heads(messages)
         if self.res is not None:
             out = out + self.res(x)
         return out if self.bias is None else out + self.bias
 
 
-CONVS = {pyg.GCNConv: GCNConv, pyg.SAGEConv: SAGEConv, pyg.GINConv: GINConv, pyg.GATConv: GATConv}
+class GATv2Conv(Attention, pyg.GATv2Conv):
+    """PyG's GATv2Conv (Brody et al.): M_i = sum_j softmax_j(a . leaky_relu(W_l x_j + W_r x_i)) W_l x_j.
+
+    The store keeps W_l x; with gradients and without share_weights a second one keeps W_r x.
+    """
+
+    propagate_type: ClassVar = {"x": PairTensor, "alpha": Tensor}
+    edge_updater_type: ClassVar = {"x": PairTensor, "edge_attr": OptTensor}
+
+    @property
+    def query_channels(self) -> int:
+        return 0 if self.share_weights else self.heads * self.out_channels
+
+    def convolution(self) -> Convolution:
+        _require_attention(self)
+        return Convolution("attention", add_self_loops=self.add_self_loops)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        return self.lin_l(x)
+
+    def message_query(self, x: Tensor) -> Tensor | None:
+        return None if self.share_weights else self.lin_r(x)
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if query is None:  # what neighbours are told is what they are asked by
+            query = source[: neighbours.csr.rowptr.numel() - 1]
+            if neighbours.grad_rows is not None:
+                rows = neighbours.rows_t
+                query = torch.cat([query, pull_rows(rows, _entries(neighbours.csr_t, rows), source.size(1))])
+        query = query.view(-1, self.heads, self.out_channels)
+        options = {"attention": self.att[0], "negative_slope": self.negative_slope}
+        return self.attend(source, neighbours, query, mode="gatv2", **options)
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        out = self.join_heads(messages)
+        if self.res is not None:
+            out = out + self.res(x)
+        return out if self.bias is None else out + self.bias
+
+
+class TransformerConv(Attention, pyg.TransformerConv):
+    """PyG's TransformerConv (Shi et al.): M_i = sum_j softmax_j(<W_q x_i, W_k x_j> / sqrt(F)) W_v x_j, by head.
+
+    The store keeps W_k x and W_v x, head by head side by side: to the kernel that is one row of 2 F channels, of which
+    the query, padded with zeros, sees the first half. With gradients a second store keeps W_q x.
+    """
+
+    propagate_type: ClassVar = {"query": Tensor, "key": Tensor, "value": Tensor, "edge_attr": OptTensor}
+
+    @property
+    def query_channels(self) -> int:
+        return self.heads * self.out_channels
+
+    def convolution(self) -> Convolution:
+        _require_attention(self)
+        return Convolution("attention", add_self_loops=False)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        parts = (lin(x).view(-1, self.heads, self.out_channels) for lin in (self.lin_key, self.lin_value))
+        return torch.cat([*parts], 2).flatten(1)
+
+    def message_query(self, x: Tensor) -> Tensor:
+        return self.lin_query(x)
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        query = F.pad(query.view(-1, self.heads, self.out_channels), (0, self.out_channels))
+        return self.attend(source, neighbours, query, mode="dot", scale=self.out_channels**-0.5)
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        values = messages.view(-1, self.heads, 2 * self.out_channels)[:, :, self.out_channels :]
+        out = self.join_heads(values.flatten(1))
+        if not self.root_weight:
+            return out
+        own = self.lin_skip(x)
+        if self.lin_beta is None:
+            return out + own
+        beta = self.lin_beta(torch.cat([out, own, out - own], 1)).sigmoid()
+        return beta * own + (1 - beta) * out
+
+
+CONVS = {
+    pyg.GCNConv: GCNConv,
+    pyg.SAGEConv: SAGEConv,
+    pyg.GINConv: GINConv,
+    pyg.GATConv: GATConv,
+    pyg.GATv2Conv: GATv2Conv,
+    pyg.TransformerConv: TransformerConv,
+}

@@ -89,9 +89,9 @@ def new_nodes(
         table = Rows("fp32", F.pad(states.float(), (0, 0, k, 1)), None, None)  # by the ids of `graph`
         if output is not None:
             return output(table, value)
-        return conv.combine(
-            value, conv.batch_messages(conv.message_input(value), batch.read(table, use.convolution))[0]
-        )
+        neighbours = batch.read(table, use.convolution)
+        messages, _ = conv.batch_messages(conv.message_input(value), neighbours, conv.message_query(value))
+        return conv.combine(value, messages)
 
     with evaluating(model):
         batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)

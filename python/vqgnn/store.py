@@ -33,7 +33,8 @@ _HANDLES = itertools.count()
 
 
 def _record(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tensor | None = None) -> Tensor:
-    _STORES[handle].push(n_id, x, g, softmax)
+    store = _STORES[handle]
+    store.push(n_id, x, g if store.grad else None, softmax)
     return g.clone()  # an op may not return its argument; using the result keeps the call from being dropped
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
 from . import memory
-from .config import Config, InputError
+from .config import ATTENTIONS, Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .graph import BatchGraph
 from .inference import estimate_norms, layerwise, warmup
+from .models import Transformer
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -35,6 +37,14 @@ from .serving import new_nodes
 from .store import NodeStore
 from .tasks import SPLITS, TASKS
 
+MODELS = {
+    "gcn": models.GCN,
+    "sage": models.GraphSAGE,
+    "gin": models.GIN,
+    "gat": models.GAT,
+    "gatv2": partial(models.GAT, v2=True),
+    "transformer": Transformer,
+}
 _ROWS = 65_536  # of features at a time
 _OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 _EMBEDDING_STD = 0.1  # at first: small enough that Adam's steps soon turn it
@@ -72,10 +82,9 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
     options = {"norm": "batch_norm", "dropout": config.dropout}
     if config.model == "mlp":
         return NodeMLP([in_channels] + [config.hidden] * (config.layers - 1) + [out_channels], **options)
-    if config.model == "gat":
+    if config.model in ATTENTIONS:
         options["heads"] = config.heads
-    kind = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN, "gat": models.GAT}[config.model]
-    return kind(in_channels, config.hidden, config.layers, out_channels, **options)
+    return MODELS[config.model](in_channels, config.hidden, config.layers, out_channels, **options)
 
 
 def pick_device(name: str) -> torch.device:
