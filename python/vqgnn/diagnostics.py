@@ -142,7 +142,7 @@ def _full_batch_gradients(
         # A tensor of its own: x may go elsewhere, too.
         told = source.view_as(source) if source.requires_grad else source.detach().requires_grad_()
         csr, csr_t = batch.csr(conv.store_use.convolution)
-        messages = conv.batch_messages(told, Neighbours(csr, None, csr_t))[0]
+        messages = conv.batch_messages(told, Neighbours(csr, None, csr_t), conv.message_query(x))[0]
         if conv.store_use.store is not None:
             found[conv] = messages, told
         return conv.combine(x, messages)
