@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 _RANDOM, _LEARNED = "random:", "learned:"
 _METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
-ATTENTIONS = ("gat", "gatv2", "transformer")  # the models with heads
+ATTENTIONS = ("gat", "gatv2", "transformer", "hybrid")  # the models with heads
 
 
 class InputError(ValueError):
@@ -48,8 +48,8 @@ class Config:
         "Score: accuracy, with several labels micro-F1; or the area under the ROC curve. --task link: Hits@K, of a "
         "recommender Recall@20; or the mean reciprocal rank.",
     )
-    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "mlp"] = option(
-        "gcn", "Model; 'mlp' ignores the graph."
+    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "mlp"] = option(
+        "gcn", "Model; 'hybrid' is GAT beside attention to all nodes' codewords, 'mlp' ignores the graph."
     )
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",
@@ -79,7 +79,7 @@ class Config:
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
-    heads: int = option(4, "Attention heads of gat, gatv2 and transformer, which share the hidden channels.", 1)
+    heads: int = option(4, "Attention heads of gat, gatv2, transformer and hybrid, which share the hidden channels.", 1)
     dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
     optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
