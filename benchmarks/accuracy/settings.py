@@ -233,10 +233,13 @@ TIMED = {
     "Cluster-GCN (PyG)": ("cluster-gcn", 0.01, ()),
     "GAS": ("gas", 0.01, ()),
     "ours: vq, random nodes": ("vq", 0.01, ()),
+    "ours: vq, random nodes, 20 epochs": ("vq", 0.01, (("epochs", 20),)),
+    "ours: vq, K = 64, 20 epochs": ("vq", 0.01, (("codec", "pq:d=4,k=64"), ("epochs", 20))),
+    "ours: vq, no gradients, 20 epochs": ("vq", 0.01, (("epochs", 20), ("grad", "off"))),
+    "ours: vq, step size 0.02, 20 epochs": ("vq", 0.02, (("epochs", 20),)),
+    "ours: vq, 20 batches an epoch, 15 epochs": ("vq", 0.01, (("batches", 20), ("epochs", 15))),
     "ours: vq, random nodes, 10 epochs": ("vq", 0.01, (("epochs", 10),)),
-    "ours: vq, random nodes, 6 epochs": ("vq", 0.01, (("epochs", 6),)),
     "ours: vq, clusters, 10 epochs": ("vq-cluster", 0.01, (("epochs", 10),)),
-    "ours: vq, clusters, 6 epochs": ("vq-cluster", 0.01, (("epochs", 6),)),
 }
 
 
