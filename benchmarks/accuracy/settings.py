@@ -96,10 +96,7 @@ METHODS = {
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
     "saint-rw": Method("GraphSAINT-RW (PyG)", trainer=False),
-    "saint-rw-plain": Method(
-        "GraphSAINT-RW (PyG), not normalised", trainer=False, needs="sage",
-        lacks=tuple(name for name in SETTINGS if name != "ogbn-arxiv-ranks35"),
-    ),
+    "saint-rw-plain": Method("GraphSAINT-RW (PyG), not normalised", trainer=False, needs="sage"),
     "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, needs="sage", epochs=0.25),
     "mlp": Method("MLP", (("model", "mlp"), ("sampler", "node")), shared=True),
     "sgc": Method("SGC", trainer=False, shared=True, epochs=None),
@@ -238,6 +235,16 @@ TIMED = {
     "ours: vq, no gradients, 20 epochs": ("vq", 0.01, (("epochs", 20), ("grad", "off"))),
     "ours: vq, step size 0.02, 20 epochs": ("vq", 0.02, (("epochs", 20),)),
     "ours: vq, 20 batches an epoch, 15 epochs": ("vq", 0.01, (("batches", 20), ("epochs", 15))),
+    "ours: vq, no gradients, 20 batches an epoch, 15 epochs": (
+        "vq",
+        0.01,
+        (("batches", 20), ("epochs", 15), ("grad", "off")),
+    ),
+    "ours: vq, K = 64, no gradients, 20 batches an epoch, 15 epochs": (
+        "vq",
+        0.01,
+        (("batches", 20), ("codec", "pq:d=4,k=64"), ("epochs", 15), ("grad", "off")),
+    ),
     "ours: vq, random nodes, 10 epochs": ("vq", 0.01, (("epochs", 10),)),
     "ours: vq, clusters, 10 epochs": ("vq-cluster", 0.01, (("epochs", 10),)),
 }
