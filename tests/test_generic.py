@@ -1,7 +1,6 @@
 """PyG's own code on mini-batches: what `conv_table` holds for every conv, and what is particular to some."""
 
 import copy
-import io
 
 import conv_table
 import pytest
@@ -236,49 +235,6 @@ def test_only_training_writes_the_stores(data):
     model.train()
     conv_table._loss(model(batch.x, batch.graph), batch.y).backward()
     assert all(int(store.step) == 1 for store in stores.values())
-
-
-@pytest.mark.parametrize("copies", ["deepcopy", "torch.save"])
-@pytest.mark.parametrize("conv", ["GATv2Conv", "ARMAConv"])
-def test_copies_have_stores_of_their_own(conv, copies, data):
-    model = vqgnn.convert(conv_table.CONVS[conv](), data, method="lmc", grad=True)
-    if copies == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
-    before = [int(store.step) for store in vqgnn.stores(model).values()]
-    for batch in batches(data):
-        outs = [m(batch.x, batch.graph) for m in (other, model.eval())]
-        torch.testing.assert_close(*outs)
-        conv_table._loss(outs[0], batch.y).backward()
-    assert [int(store.step) for store in vqgnn.stores(model).values()] == before
-    assert all(int(store.step) > step for store, step in zip(vqgnn.stores(other).values(), before, strict=True))
-
-
-@pytest.mark.parametrize("conv", ["EGConv", "ChebConv", "own, edge MLP"])
-def test_state_dicts_go_both_ways(conv, data):
-    build = conv_table.CONVS[conv]
-    theirs, ours = build(), vqgnn.convert(build(), data)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(layerwise(ours, data), theirs.eval()(data.x, data.edge_index).detach())
-    back = build()
-    back.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(back(data.x, data.edge_index), theirs(data.x, data.edge_index))
-
-
-def test_hooks_see_one_call(data):
-    conv = pyg.GATv2Conv(6, 3)
-    seen = []
-    conv.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    vqgnn.convert(conv, data)
-    seen.clear()
-    batch = next(iter(batches(data)))
-    conv(batch.x, batch.graph)
-    assert seen == [len(batch.n_id)]
 
 
 class Encoded(nn.Module):

@@ -286,7 +286,7 @@ class GATConv(StoreConv, pyg.GATConv):
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
-        x = torch.cat([x, halo])
+        x = torch.cat([x, halo.to(x.dtype)])
         return self.batch_messages(self.message_input(x), Neighbours(csr, None, csr_t))[0]
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
