@@ -1,6 +1,7 @@
 """PyG's own code on mini-batches: what `conv_table` holds for every conv, and what is particular to some."""
 
 import copy
+from pathlib import Path
 
 import conv_table
 import pytest
@@ -16,35 +17,59 @@ import vqgnn
 from vqgnn.graph import Graph
 from vqgnn.inference import layerwise
 
-# `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
-# checks to one conv of each kind: an attention, several hops, a sum.
+# Slow checks are of one conv of each kind here: an attention, several hops, a sum. `-m slow` has every cell.
 SLOW = {"compile": ("GATv2Conv", "ARMAConv"), "vq gradient": ("GATv2Conv", "ARMAConv", "GraphConv")}
-FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv")
-CELLS = [
-    (conv, check)
-    for conv in conv_table.CONVS
-    for check in conv_table.CHECKS
-    if conv not in FUSED and conv in SLOW.get(check, [conv])
-]
+CELLS = [(conv, check) for conv in conv_table.CONVS for check in conv_table.CHECKS if conv in SLOW.get(check, [conv])]
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("conv", "check"), CELLS)
 def test_cell_of_the_table(conv, check):
-    assert conv_table.cell(conv, check)
+    """It holds, and README's table says what was found, but for figures."""
+    found = conv_table.cell(conv, check)
+    assert conv_table.verdict(found) == conv_table.verdict(conv_table.read(README)[conv][check])
 
 
-def test_the_table_is_markdown_and_shows_what_fails(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_the_whole_table_holds():
+    assert conv_table.differences(README, list(conv_table.CONVS)) == []
+
+
+def test_the_tables_rows_and_paths_are_the_convs():
+    rows = conv_table.read(README)
+    assert list(rows) == list(conv_table.CONVS)
+    assert {conv: rows[conv]["path"] for conv in rows} == {conv: conv_table.path(conv) for conv in rows}
+
+
+def test_the_table_is_markdown_and_shows_what_fails(monkeypatch):
     def fails(model, data):
         raise AssertionError("as it must")
 
     monkeypatch.setattr(conv_table, "CHECKS", {"gas": conv_table.gas, "broken": fails})
-    (tmp_path / "convs.md").write_text(conv_table.table(["GCNConv", "GraphConv"]))
-    assert (tmp_path / "convs.md").read_text().splitlines() == [
+    text = conv_table.table(["GCNConv", "GraphConv"])
+    assert text.splitlines() == [
         "| conv | path | gas | broken |",
         "| --- | --- | --- | --- |",
         "| GCNConv | fused | exact | **AssertionError** |",
         "| GraphConv | generic | exact | **AssertionError** |",
     ]
+    assert conv_table.differences(f"# Title\n\n{text}\nmore text", ["GCNConv", "GraphConv"]) == []
+
+
+def test_a_table_that_no_longer_holds_is_told_cell_by_cell(monkeypatch):
+    monkeypatch.setattr(conv_table, "CHECKS", {"gas": lambda model, data: "2.5 % off"})
+    text = conv_table.table(["GCNConv", "GraphConv"])
+    assert conv_table.differences(text.replace("2.5", "7"), ["GCNConv"]) == []
+    text = text.replace("fused", "generic").replace("| GraphConv", "| Gone")
+    text = text.replace("2.5 % off", "exact", 1)
+    assert conv_table.differences(text, ["GCNConv", "GraphConv"]) == [
+        "Gone: a row of the table, but no conv of conv_table.py",
+        "GCNConv, path: 'fused', and the table has 'generic'",
+        "GCNConv, gas: '2.5 % off', and the table has 'exact'",
+        "GraphConv: has no row",
+    ]
+    with pytest.raises(ValueError, match="no table with the columns conv, path, gas"):
+        conv_table.read("# No table")
 
 
 @pytest.fixture
