@@ -106,17 +106,6 @@ def test_optimisers_and_hooks_made_before_go_on(data):
     assert seen and all(not torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_deep_copy_has_stores_of_its_own(data):
-    model = vqgnn.convert(GCN(6, 8, 2, 3), data, method="lmc")
-    other = copy.deepcopy(model)
-    before = {k: v.clone() for k, v in vqgnn.stores(model)["convs.1"].state_dict().items()}
-    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20)))
-    step(other, batch.x, batch.graph, batch.y).backward()
-    assert int(vqgnn.stores(other)["convs.1"].step) == int(before["step"]) + 1
-    for key, value in vqgnn.stores(model)["convs.1"].state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

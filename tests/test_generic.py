@@ -1,7 +1,7 @@
 """PyG's own code on mini-batches: what `conv_table` holds for every conv, and what is particular to some."""
 
 import copy
-import io
+from pathlib import Path
 
 import conv_table
 import pytest
@@ -17,35 +17,59 @@ import vqgnn
 from vqgnn.graph import Graph
 from vqgnn.inference import layerwise
 
-# `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
-# checks to one conv of each kind: an attention, several hops, a sum.
+# Slow checks are of one conv of each kind here: an attention, several hops, a sum. `-m slow` has every cell.
 SLOW = {"compile": ("AGNNConv", "ARMAConv"), "vq gradient": ("AGNNConv", "ARMAConv", "GraphConv")}
-FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv", "GATv2Conv", "TransformerConv")
-CELLS = [
-    (conv, check)
-    for conv in conv_table.CONVS
-    for check in conv_table.CHECKS
-    if conv not in FUSED and conv in SLOW.get(check, [conv])
-]
+CELLS = [(conv, check) for conv in conv_table.CONVS for check in conv_table.CHECKS if conv in SLOW.get(check, [conv])]
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("conv", "check"), CELLS)
 def test_cell_of_the_table(conv, check):
-    assert conv_table.cell(conv, check)
+    """It holds, and README's table says what was found, but for figures."""
+    found = conv_table.cell(conv, check)
+    assert conv_table.verdict(found) == conv_table.verdict(conv_table.read(README)[conv][check])
 
 
-def test_the_table_is_markdown_and_shows_what_fails(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_the_whole_table_holds():
+    assert conv_table.differences(README, list(conv_table.CONVS)) == []
+
+
+def test_the_tables_rows_and_paths_are_the_convs():
+    rows = conv_table.read(README)
+    assert list(rows) == list(conv_table.CONVS)
+    assert {conv: rows[conv]["path"] for conv in rows} == {conv: conv_table.path(conv) for conv in rows}
+
+
+def test_the_table_is_markdown_and_shows_what_fails(monkeypatch):
     def fails(model, data):
         raise AssertionError("as it must")
 
     monkeypatch.setattr(conv_table, "CHECKS", {"gas": conv_table.gas, "broken": fails})
-    (tmp_path / "convs.md").write_text(conv_table.table(["GCNConv", "GraphConv"]))
-    assert (tmp_path / "convs.md").read_text().splitlines() == [
+    text = conv_table.table(["GCNConv", "GraphConv"])
+    assert text.splitlines() == [
         "| conv | path | gas | broken |",
         "| --- | --- | --- | --- |",
         "| GCNConv | fused | exact | **AssertionError** |",
         "| GraphConv | generic | exact | **AssertionError** |",
     ]
+    assert conv_table.differences(f"# Title\n\n{text}\nmore text", ["GCNConv", "GraphConv"]) == []
+
+
+def test_a_table_that_no_longer_holds_is_told_cell_by_cell(monkeypatch):
+    monkeypatch.setattr(conv_table, "CHECKS", {"gas": lambda model, data: "2.5 % off"})
+    text = conv_table.table(["GCNConv", "GraphConv"])
+    assert conv_table.differences(text.replace("2.5", "7"), ["GCNConv"]) == []
+    text = text.replace("fused", "generic").replace("| GraphConv", "| Gone")
+    text = text.replace("2.5 % off", "exact", 1)
+    assert conv_table.differences(text, ["GCNConv", "GraphConv"]) == [
+        "Gone: a row of the table, but no conv of conv_table.py",
+        "GCNConv, path: 'fused', and the table has 'generic'",
+        "GCNConv, gas: '2.5 % off', and the table has 'exact'",
+        "GraphConv: has no row",
+    ]
+    with pytest.raises(ValueError, match="no table with the columns conv, path, gas"):
+        conv_table.read("# No table")
 
 
 @pytest.fixture
@@ -236,49 +260,6 @@ def test_only_training_writes_the_stores(data):
     model.train()
     conv_table._loss(model(batch.x, batch.graph), batch.y).backward()
     assert all(int(store.step) == 1 for store in stores.values())
-
-
-@pytest.mark.parametrize("copies", ["deepcopy", "torch.save"])
-@pytest.mark.parametrize("conv", ["AGNNConv", "ARMAConv"])
-def test_copies_have_stores_of_their_own(conv, copies, data):
-    model = vqgnn.convert(conv_table.CONVS[conv](), data, method="lmc", grad=True)
-    if copies == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
-    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
-    before = [int(store.step) for store in vqgnn.stores(model).values()]
-    for batch in batches(data):
-        outs = [m(batch.x, batch.graph) for m in (other, model.eval())]
-        torch.testing.assert_close(*outs)
-        conv_table._loss(outs[0], batch.y).backward()
-    assert [int(store.step) for store in vqgnn.stores(model).values()] == before
-    assert all(int(store.step) > step for store, step in zip(vqgnn.stores(other).values(), before, strict=True))
-
-
-@pytest.mark.parametrize("conv", ["EGConv", "ChebConv", "own, edge MLP"])
-def test_state_dicts_go_both_ways(conv, data):
-    build = conv_table.CONVS[conv]
-    theirs, ours = build(), vqgnn.convert(build(), data)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(layerwise(ours, data), theirs.eval()(data.x, data.edge_index).detach())
-    back = build()
-    back.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(back(data.x, data.edge_index), theirs(data.x, data.edge_index))
-
-
-def test_hooks_see_one_call(data):
-    conv = pyg.AGNNConv()
-    seen = []
-    conv.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    vqgnn.convert(conv, data)
-    seen.clear()
-    batch = next(iter(batches(data)))
-    conv(batch.x, batch.graph)
-    assert seen == [len(batch.n_id)]
 
 
 class Encoded(nn.Module):

@@ -74,7 +74,9 @@ def test_pygs_own_code_serves_new_nodes(name, new):
     states = [store.pull() for store in vqgnn.stores(model).values()]
     batch = next(iter(vqgnn.BatchLoader(data, batch_size=13)))
     before = model.eval()(batch.x, batch.graph)
+    edges = [conv.survey.edges for conv in model.modules() if hasattr(conv, "survey")]
     out = new_nodes(model, data, *new)
+    assert all(conv.survey.edges is edges.pop(0) for conv in model.modules() if hasattr(conv, "survey"))
     torch.testing.assert_close(out, layerwise(model, enlarged(data, *new))[KNOWN:], atol=1e-5, rtol=1e-5)
     for mine, its in zip(vqgnn.stores(model).values(), states, strict=True):
         assert torch.equal(mine.pull(), its)

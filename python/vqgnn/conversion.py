@@ -56,8 +56,8 @@ def convert(
 
     Args:
         model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
-            GATv2Conv and TransformerConv (without edge features) have fused kernels; every other `MessagePassing` runs
-            its own code (`vqgnn.paths` tells which does).
+            GATv2Conv and TransformerConv (without edge features) have fused kernels; every other `MessagePassing`, and
+            one with hooks on its messages, runs its own code (`vqgnn.paths` tells which does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
             GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
@@ -270,7 +270,7 @@ def _as_store_conv(conv: nn.Module) -> Convolution | None:
     cls = type(conv)
     if isinstance(conv, StoreConv):
         return conv.convolution()
-    if cls in CONVS:
+    if cls in CONVS and not _has_message_hooks(conv):
         conv.__class__ = CONVS[cls]
         try:
             return conv.convolution()
@@ -278,6 +278,12 @@ def _as_store_conv(conv: nn.Module) -> Convolution | None:
             conv.__class__ = cls
     make_generic(conv)
     return None
+
+
+def _has_message_hooks(conv: pyg.MessagePassing) -> bool:
+    """Whether someone listens to a conv's messages, which a kernel never makes."""
+    kinds = ("_propagate_", "_message_", "_aggregate_", "_edge_update_")
+    return any(hooks for name, hooks in vars(conv).items() if name.startswith(kinds) and name.endswith("_hooks"))
 
 
 class _Probe:

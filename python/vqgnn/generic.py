@@ -8,7 +8,8 @@ A conv computes row by row, then `propagate` gathers rows over the edges, then i
   stored inputs, with this step's weights, which get gradients from both;
 - a later `propagate` of the same forward (APPNP, ARMA, Cheb) keeps its inputs in a store of its own;
 - a conv that changes the edges first (self loops, gcn_norm) did so once to the whole graph, and a batch takes its edges
-  and their values from there: normalisation comes from the whole graph, whatever a conv normalises.
+  and their values from there: normalisation comes from the whole graph, whatever a conv normalises. Values that
+  training drops (APPNP) are dropped batch by batch.
 
 With a gradient store the gradient G of what every `propagate` returns is kept. Backward computes the halo's messages
 anew from the batch's rows and adds their gradient, eq. 7. Where messages are summed, the edges that leave the batch are

@@ -265,11 +265,10 @@ class Deliver:
 
     def _send(self, conv, propagates: bool, arguments: dict, told: dict | None, edges: BatchEdges, call: int) -> Tensor:
         values = {} if self.recorded is None else self.recorded.values[call]
-        values = {
-            name: F.dropout(value[edges.ids], conv.survey.dropout[call].get(name, 0.0), conv.training)
-            for name, value in values.items()
-        }
-        return send(conv, propagates, edges, {**arguments, **values}, told)
+        for name, value in values.items():
+            dropped = F.dropout(value[edges.ids], conv.survey.dropout[call].get(name, 0.0), conv.training)
+            arguments = {**arguments, name: dropped.to(arguments[name].dtype)}  # the model may have been cast since
+        return send(conv, propagates, edges, arguments, told)
 
 
 @cache

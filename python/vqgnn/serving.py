@@ -64,9 +64,11 @@ def new_nodes(
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
     uses = []
     for conv in (module for module in model.modules() if isinstance(module, StoreConv)):
-        hops = conv.survey.hops if isinstance(conv, GenericConv) and conv.survey else [conv]
-        uses += [hop.store_use for hop in hops]
-        taken = taken_edge_tensors(conv, Graph.of(data)) if isinstance(conv, GenericConv) else {}
+        if not isinstance(conv, GenericConv):
+            uses.append(conv.store_use)
+            continue
+        uses += [hop.store_use for hop in conv.survey.hops] if conv.survey else [None]
+        taken = taken_edge_tensors(conv, Graph.of(data))
         if taken:
             names = " and ".join(f"data.{name}" for name in taken)
             raise ValueError(
@@ -93,9 +95,15 @@ def new_nodes(
         messages, _ = conv.batch_messages(conv.message_input(value), neighbours, conv.message_query(value))
         return conv.combine(value, messages)
 
-    with evaluating(model):
-        batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
-        return forward(model, Batch(batch, {"x": batch.x}))
+    batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
+    surveys = [conv.survey for conv in model.modules() if isinstance(conv, GenericConv)]
+    edges = [survey.edges for survey in surveys]
+    try:
+        with evaluating(model):
+            return forward(model, Batch(batch, {"x": batch.x}))
+    finally:  # of the known graph, which need not be made again
+        for survey, known_edges in zip(surveys, edges, strict=True):
+            survey.edges = known_edges
 
 
 def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> Data:

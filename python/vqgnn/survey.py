@@ -272,8 +272,8 @@ def _dropout(
         for name, value in kept.items():
             if torch.equal(value, scaled[name]):
                 continue
-            share = float((value.norm() / scaled[name].norm()).nan_to_num(0.0))
-            if not 0 <= share < 1 or not torch.allclose(scaled[name] * share, value, equal_nan=True):
+            share = float(value.norm() / scaled[name].norm())
+            if scaled[name].shape != value.shape or not torch.allclose(scaled[name] * share, value):
                 raise ValueError(
                     f"{type(conv).__name__} changes {name} of edges in training before propagate, and not by dropout; "
                     "here it comes from the whole graph, once: change it in message()"
