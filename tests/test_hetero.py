@@ -359,6 +359,77 @@ def test_vq_trains(name):
     assert loss() < 0.8 * before
 
 
+class RGCN(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.second = (
+            pyg.RGCNConv(6, 6, 3, **options),
+            pyg.RGCNConv(6, 3, 3, aggr=options.get("aggr", "mean")),
+        )
+
+    def forward(self, x, edge_index, edge_type=None):
+        return self.second(self.first(x, edge_index, edge_type).tanh(), edge_index, edge_type)
+
+
+@pytest.mark.parametrize("options", [{"num_bases": 2}, {"num_blocks": 3}, {"aggr": "sum"}], ids=str)
+def test_rgcn_propagates_over_several_sets_of_edges(options):
+    model = RGCN(**options)
+    x, edge_index, edge_type = torch.randn(30, 6), torch.randint(28, (2, 150)), torch.randint(3, (150,))
+    y = torch.randint(CLASSES, (30,))
+    with pytest.raises(ValueError, match=r"RGCNConv propagates over several sets of edges.*HeteroData"):
+        vqgnn.convert(copy.deepcopy(model), Data(x=x, edge_index=edge_index, edge_type=edge_type))
+    data = HeteroData({"node": {"x": x, "y": y}})
+    data["node", "to", "node"].edge_index, data["node", "to", "node"].edge_type = edge_index, edge_type
+    truth = copy.deepcopy(model)
+    expected = truth(x, edge_index, edge_type)
+    F.cross_entropy(expected, y, reduction="sum").backward()
+
+    def forward(model, batch):
+        return model(batch["node"].x, batch["node", "to", "node"].graph)
+
+    # of a mean, gradients are kept on request: then the halo's messages are computed from the rows of two hops
+    vqgnn.convert(model, data, method="lmc", grad=None if "aggr" in options else True, forward=forward)
+    assert list(vqgnn.stores(model)) == ["second", "second.grad", "second.grad1", "second.grad2"]
+    close(layerwise(model, data, 7, forward=forward), expected.detach())
+    for _ in range(3):
+        model.zero_grad()
+        for batch in batches(data, 10):
+            out = forward(model, batch)
+            close(out.detach(), expected[batch["node"].n_id].detach())
+            F.cross_entropy(out, batch["node"].y, reduction="sum").backward()
+    close(gradient(model), gradient(truth))
+
+
+def test_edge_attributes_come_from_the_data():
+    data = hetero_graph()
+    data[WRITES].edge_attr = torch.randn(data[WRITES].num_edges, 2)
+    data[CITES].edge_attr = torch.randn(data[CITES].num_edges, 2)
+    convs = {WRITES: pyg.GATv2Conv((5, 6), 6, edge_dim=2, add_self_loops=False), CITES: pyg.GATConv(6, 6, edge_dim=2)}
+    model = HeteroConv(convs)
+    expected = model(data.x_dict, data.edge_index_dict, edge_attr_dict=data.edge_attr_dict)["paper"].detach()
+    vqgnn.convert(model, data, method="gas")
+    for batch in batches(data):
+        close(model(batch.x_dict, batch.graph_dict)["paper"], expected[batch["paper"].n_id])
+    close(layerwise(model, data, 7)["paper"], expected)
+    batch = next(iter(batches(data)))
+    with pytest.raises(ValueError, match=r"got more arguments beside a batch graph.*before vqgnn\.convert"):
+        model(batch.x_dict, batch.graph_dict, edge_attr_dict=data.edge_attr_dict)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_keeps_states_in_fp32(name):
+    model, data = build(name)
+    vqgnn.convert(model, data, method="lmc", grad=True)
+    other, batch = frozen(copy.deepcopy(model)), next(iter(batches(data)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(other(batch.x_dict, batch.graph_dict), batch.y_dict)
+    loss.backward()
+    loss_of(frozen(model)(batch.x_dict, batch.graph_dict), batch.y_dict).backward()
+    assert error(gradient(other), gradient(model)) < 0.05
+    floats = [t for store in vqgnn.stores(other).values() for t in store.buffers() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.float32}
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 

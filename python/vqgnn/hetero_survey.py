@@ -13,7 +13,7 @@ from .calling import alike, evaluating
 from .graph import not_an_edge_index
 from .hetero_graph import BatchRelation, HeteroGraph, Relation
 from .pyg_code import flat, has_rows
-from .relation_conv import Form, RelationConv, run_code, stop
+from .relation_conv import Form, RelationConv, messages_only, run_code
 
 _PROBE_NODES = 5  # of the smallest type; every other has one more, so that rows tell their type
 
@@ -179,14 +179,9 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     values = {key: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point()) for key, v in values.items()}
     source, target = (rows.detach().clone().requires_grad_() for rows in (source, target))
     sent: list[Tensor] = []
-
-    def note(messages: Tensor) -> Tensor:
-        sent.append(messages)
-        return messages
-
-    out = run_code(conv, source, target, edge_index, values, note)
-    if len(sent) != 1:
-        raise ValueError(f"{name} propagates {len(sent)} times; a conv of one edge type must do so once")
+    out = run_code(conv, source, target, edge_index, values, sent.append)
+    if not sent:
+        raise ValueError(f"{name} does not call propagate, so that it cannot read a node-state store")
     if not has_rows(out, t):
         raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
     if alone:
@@ -194,15 +189,17 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
         pair = run_code(conv, source, source, edge_index, values)
         if single.shape != pair.shape or not alike(pair, single):
             raise ValueError(f"{name} gives another result for the pair (x, x) than for x; use a conv for such pairs")
-    if not sent[0].requires_grad:
-        raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
-    told, read = torch.autograd.grad(sent[0].sum(), [source, target], allow_unused=True)
+    told = read = None
+    if any(messages.requires_grad for messages in sent):
+        total = sum(messages.sum() for messages in sent)
+        told, read = torch.autograd.grad(total, [source, target], allow_unused=True)
     if told is None:
         raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
 
     def messages(kept: Tensor | slice) -> Tensor:
         some = {key: value[kept] for key, value in values.items()}
-        return flat(conv, run_code(conv, source, target, edge_index[:, kept], some, stop)).detach().float()
+        visit = messages_only(conv, len(sent))
+        return run_code(conv, source, target, edge_index[:, kept], some, visit).detach().float()
 
     whole = messages(slice(None))
     first = max(1, t // 2)
@@ -215,4 +212,4 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
         rest = whole - messages(half) - messages(~half) + none
         additive &= bool(rest.norm() <= 1e-4 * whole.norm())
-    return Form(takes, target.size(1), flat(conv, sent[0]).size(1), additive, read is not None)
+    return Form(takes, target.size(1), [flat(conv, messages).size(1) for messages in sent], additive, read is not None)
