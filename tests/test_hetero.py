@@ -190,6 +190,9 @@ def test_2_frozen_weights_reach_the_full_output(name, method):
     model, data = build(name)
     out, _ = full(model, data)
     frozen(vqgnn.convert(model, data, method=method, fill=False))
+    filled = copy.deepcopy(model)
+    vqgnn.warmup(filled, data)
+    close(epoch(filled, data)[0], out)
     first, _ = epoch(model, data)
     assert max((first[t] - out[t]).abs().max() for t in out) > 1e-2, "an empty store must show, or this proves nothing"
     close(epoch(model, data, times=3)[0], out)
@@ -627,6 +630,13 @@ def test_models_that_cannot_be_converted_are_named():
     refused(Touches(), r"uses \[\.\.\.\] of its edge_index.*into a transform")
     refused(single(OutDegrees(), WRITES), "OutDegrees of .*'writes'.* depend on edges into other nodes")
     refused(single(pyg.ChebConv(6, 3, 2), CITES), "ChebConv of .*'cites'.* cannot run on mini-batches: called as conv")
+    data = hetero_graph()
+    data["author"].x = torch.randn(25, 6)
+    refused(
+        single(pyg.GCNConv(6, 3, add_self_loops=False), WRITES),
+        "GCNConv of .*'writes'.* between two types use SAGEConv",
+        data,
+    )
     refused(single(pyg.GraphConv(6, 3, flow="target_to_source"), CITES), "GraphConv.*reverse the edges")
     channels = {"paper": 6, "author": 5, "venue": 7}
     refused(pyg.HGTConv(channels, 8, hetero_graph().metadata()), "HGTConv takes all edge types at once.*HeteroConv")

@@ -112,8 +112,9 @@ class _Sweep:
             output = None if self.fills else structure.output_type()
             stores = self._stores() if self.fills else {}
             batches = self._batches(structure.splits)
-            from_features = all(call.source_is_x for call in self.calls.values() if call.level == 1)
-            for level in range(1 if from_features and not stores else 0, self.levels + 1 - self.fills):
+            first = [conv for conv, call in self.calls.items() if call.level == 1]
+            known = all(self.calls[conv].source_is_x and conv.store_use.targets is None for conv in first)
+            for level in range(1 if known else 0, self.levels + 1 - self.fills):
                 self.level = level
                 self.recorded: dict[int, Tensor] = {}
                 for nodes in tqdm(batches, disable=not self.progress, desc=f"pass {self.level}", leave=False):
