@@ -85,7 +85,7 @@ def _use(conv: RelationConv, call: Call, options: Options) -> RelationUse:
     convolution = conv.convolution() if conv.fixed else GIVEN_EDGES
     if convolution.kind == "gcn" and not call.relation.square:
         raise ValueError(
-            f"{type(conv).__name__} of {call.relation.edge_type} normalises by degrees of the nodes of one type; between "
+            f"{type(conv).__name__} of {call.relation.edge_type} normalises by degrees of one type; between "
             "two types use SAGEConv or GraphConv"
         )
     use = RelationUse(convolution, whole=options.method == "full", edge_type=call.relation.edge_type)
