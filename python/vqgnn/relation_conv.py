@@ -2,8 +2,8 @@
 
 PyG's convs are bipartite already, so its own code runs, as it is, on the batch's sources with the halo's stored rows
 behind them: every target has all its edges, so that a mean, a softmax or a maximum is the whole graph's. It may
-propagate several times, each over some of the edges (RGCNConv). Where the matrix C is fixed (`CONVS` of nn.py),
-`aggregate` reads the stored states in place instead.
+propagate several times, each over some of the edges (RGCNConv). Where the matrix C is fixed (`FUSED`), `aggregate`
+reads the stored states in place instead.
 
 States are kept once for all convs that are given the same rows of a node type; the first of them pushes. The gradient G
 of messages is each conv's own, with a row a target that has edges, and sources take in C_HB^T G~_H (eq. 7) as in
@@ -18,6 +18,7 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
@@ -31,6 +32,7 @@ from .pyg_code import Stop, flat
 from .store import NodeStore
 
 GIVEN_EDGES = Convolution("sum")  # the relation's edges as they are
+FUSED = (pyg.GCNConv, pyg.SAGEConv, pyg.GINConv)  # one product C X of the sources, then what is theirs of the targets
 
 
 @dataclass(eq=False)
@@ -153,7 +155,7 @@ def make_relation_conv(conv: MessagePassing) -> None:
         return
     if isinstance(conv, StoreConv):
         raise ValueError(f"{cls.__name__} was converted with a Data before; convert a model of PyG's convs")
-    if cls in CONVS and CONVS[cls].fixed:
+    if cls in FUSED:
         conv.__class__ = relation_class(cls, True)
         try:
             conv.convolution()
