@@ -12,10 +12,10 @@ from .calling import device_of
 from .hetero_graph import HeteroGraph
 from .hetero_inference import fill_stores
 from .hetero_survey import Call, Structure
-from .relation_conv import GIVEN_EDGES, RelationConv, RelationUse, make_relation_conv
+from .relation_conv import GIVEN_EDGES, Gradients, RelationConv, RelationUse, make_relation_conv
 from .store import Codec
 
-Wanted = tuple[RelationUse, str, dict]  # whose store, the attribute that holds it, its arguments
+Wanted = tuple[RelationUse | Gradients, str, dict]  # whose store, the attribute that holds it, its arguments
 Shared = tuple[RelationUse, str, RelationUse, str]  # an attribute, and whose attribute it is
 
 
@@ -83,6 +83,11 @@ def convert(
 
 def _use(conv: RelationConv, call: Call, options: Options) -> RelationUse:
     convolution = conv.convolution() if conv.fixed else GIVEN_EDGES
+    if convolution.kind == "gcn" and not call.relation.square:
+        raise ValueError(
+            f"{type(conv).__name__} of {call.relation.edge_type} normalises by degrees of one type; between "
+            "two types use SAGEConv or GraphConv"
+        )
     use = RelationUse(convolution, whole=options.method == "full", edge_type=call.relation.edge_type)
     if call.source_is_x and options.input != "codes":
         if options.input == "precompute" and not conv.fixed:
@@ -100,7 +105,7 @@ def _plan(
     shared: list[Shared] = []
     first: dict[int, tuple[RelationUse, str]] = {}  # by the number of the rows, who keeps them
 
-    def want(use: RelationUse, attribute: str, num_nodes: int, dim: int) -> None:
+    def want(use: RelationUse | Gradients, attribute: str, num_nodes: int, dim: int) -> None:
         seed = options.seed + len(wanted)
         shape = {"num_nodes": num_nodes, "dim": dim, "codec": options.codec, "grad": False, "seed": seed}
         wanted.append((use, attribute, shape))
@@ -124,7 +129,9 @@ def _plan(
         if use.input is not None or not grad or call.relation.num_edges == 0:
             continue
         receivers = call.relation.receivers(use.convolution).numel()
-        want(use, "grads", receivers, call.source_dim if form is None else form.out_dim)
+        for dim in [call.source_dim] if form is None else form.out_dims:
+            use.grads.append(Gradients())
+            want(use.grads[-1], "store", receivers, dim)
         if form is not None and form.reads_targets and not call.target_is_x:
             use.pushes_targets = keep(use, "targets", call.target, call.relation.num_nodes, call.target_dim)
     return wanted, shared

@@ -65,7 +65,7 @@ def _stale(
 ) -> Tensor | dict[str, Tensor]:
     graph = HeteroGraph.of(data)
     with evaluating(model):
-        output, results = Structure(model, graph, forward).output, {}
+        output, results = Structure(model, graph, forward).output_type(), {}
         for batch in tqdm(BatchLoader(data, batch_size), disable=not progress, desc="inference", leave=False):
             for node_type, rows in _by_type(forward(model, batch), output).items():
                 if node_type not in results:
@@ -109,21 +109,23 @@ class _Sweep:
                     self.last[conv] = max(self.last[conv], call.level)
             for conv in structure.needs:
                 self.last[conv] = self.levels
+            output = None if self.fills else structure.output_type()
             stores = self._stores() if self.fills else {}
             batches = self._batches(structure.splits)
-            from_features = all(call.source_is_x for call in self.calls.values() if call.level == 1)
-            for level in range(1 if from_features and not stores else 0, self.levels + 1 - self.fills):
+            first = [conv for conv, call in self.calls.items() if call.level == 1]
+            known = all(self.calls[conv].source_is_x and conv.store_use.targets is None for conv in first)
+            for level in range(1 if known else 0, self.levels + 1 - self.fills):
                 self.level = level
                 self.recorded: dict[int, Tensor] = {}
                 for nodes in tqdm(batches, disable=not self.progress, desc=f"pass {self.level}", leave=False):
-                    self._pass(nodes, structure.output, stores)
+                    self._pass(nodes, output, stores)
                 for number, rows in self.recorded.items():
                     for store in stores.pop(number, []):
                         store.fill(rows, self.progress)
                 self._forget()
             if self.fills:
                 return None
-            return self.results if structure.output is None else self.results[structure.output]
+            return self.results if output is None else self.results[output]
 
     def _stores(self) -> dict[int, list[NodeStore]]:
         """The stores of states to fill, by the number of the rows. Those of features are filled now."""

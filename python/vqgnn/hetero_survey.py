@@ -13,7 +13,7 @@ from .calling import alike, evaluating
 from .graph import not_an_edge_index
 from .hetero_graph import BatchRelation, HeteroGraph, Relation
 from .pyg_code import flat, has_rows
-from .relation_conv import Form, RelationConv, run_code, stop
+from .relation_conv import Form, RelationConv, messages_only, run_code
 
 _PROBE_NODES = 5  # of the smallest type; every other has one more, so that rows tell their type
 
@@ -41,20 +41,17 @@ class Call:
 class Structure:
     """The calls of a model's convs, in their order, and what its result needs of them.
 
-    splits: whether, but for messages, it computes the same for some nodes with and without the others. output: the
-    types of the rows that the model returns, one where it is no dict.
+    splits: whether, but for messages, it computes the same for some nodes with and without the others.
     """
 
     def __init__(self, model: nn.Module, graph: HeteroGraph, forward: Callable, examines: bool = False):
         self.graph, self.examines = graph, examines
         self.calls: dict[RelationConv, Call] = {}
         self._seen: list[Tensor] = []  # the tensors whose place is their number
-        counts = self._counts()
+        counts = self._sizes = self._counts()
         with evaluating(model), torch.enable_grad():
-            out = self._run(model, forward, counts)
-            rows = out if isinstance(out, dict) else {None: out}
-            self.needs = self._needs(list(rows.values()))
-            self.output = self._output_type(counts, out)
+            self._out = self._run(model, forward, counts)
+            self.needs = self._needs(_rows_of(self._out))
             together, self.examines = self._rows, False
             with torch.no_grad():
                 self._run(model, forward, {k: min(n, max(2, n // 2)) for k, n in counts.items()})
@@ -66,8 +63,9 @@ class Structure:
         sizes = sorted(self.graph.sizes.items(), key=lambda item: item[1])
         return {node_type: min(n, _PROBE_NODES + k) for k, (node_type, n) in enumerate(sizes)}
 
-    def _output_type(self, counts: dict[str, int], out: Tensor | dict) -> str | None:
-        """The node type of a result that is no dict."""
+    def output_type(self) -> str | None:
+        """The node type of what the model returns; None where that is a dict by type."""
+        out, counts = self._out, self._sizes
         if isinstance(out, dict):
             return None
         found = [node_type for node_type, n in counts.items() if isinstance(out, Tensor) and has_rows(out, n)]
@@ -93,7 +91,7 @@ class Structure:
             out = forward(model, self.graph.batch(n_id, x=x, run=self))
         except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
             raise not_an_edge_index("a function of torch_geometric.utils") from error
-        self._rows += [rows.detach() for rows in (out.values() if isinstance(out, dict) else [out])]
+        self._rows += [rows.detach() for rows in _rows_of(out)]
         return out
 
     def _noise(self, like: Tensor) -> Tensor:
@@ -137,9 +135,8 @@ class Structure:
         self._seen.append(tensor)
         return len(self._seen) - 1
 
-    def _needs(self, values: list) -> set[RelationConv]:
+    def _needs(self, values: list[Tensor]) -> set[RelationConv]:
         """The convs that these values depend on, with no other between; all so far where that cannot be told."""
-        values = [value for value in values if isinstance(value, Tensor)]
         if not self._outputs:
             return set()
         if not all(value.requires_grad for value in values):  # cut off from their graph
@@ -150,6 +147,11 @@ class Structure:
         except RuntimeError:  # a checkpoint is in the way
             return set(self._called)
         return {conv for conv, g in zip(self._called, found, strict=True) if g is not None}
+
+
+def _rows_of(out: object) -> list[Tensor]:
+    """Of a model's result, by type or not; PyG's models return None of types that they do not update."""
+    return [rows for rows in (out.values() if isinstance(out, dict) else [out]) if isinstance(rows, Tensor)]
 
 
 def _examined(conv: RelationConv, source: Tensor, target: Tensor, relation: Relation) -> Form:
@@ -179,14 +181,9 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     values = {key: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point()) for key, v in values.items()}
     source, target = (rows.detach().clone().requires_grad_() for rows in (source, target))
     sent: list[Tensor] = []
-
-    def note(messages: Tensor) -> Tensor:
-        sent.append(messages)
-        return messages
-
-    out = run_code(conv, source, target, edge_index, values, note)
-    if len(sent) != 1:
-        raise ValueError(f"{name} propagates {len(sent)} times; a conv of one edge type must do so once")
+    out = run_code(conv, source, target, edge_index, values, sent.append)
+    if not sent:
+        raise ValueError(f"{name} does not call propagate, so that it cannot read a node-state store")
     if not has_rows(out, t):
         raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
     if alone:
@@ -194,15 +191,17 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
         pair = run_code(conv, source, source, edge_index, values)
         if single.shape != pair.shape or not alike(pair, single):
             raise ValueError(f"{name} gives another result for the pair (x, x) than for x; use a conv for such pairs")
-    if not sent[0].requires_grad:
-        raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
-    told, read = torch.autograd.grad(sent[0].sum(), [source, target], allow_unused=True)
+    told = read = None
+    if any(messages.requires_grad for messages in sent):
+        total = sum(messages.sum() for messages in sent)
+        told, read = torch.autograd.grad(total, [source, target], allow_unused=True)
     if told is None:
         raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
 
     def messages(kept: Tensor | slice) -> Tensor:
         some = {key: value[kept] for key, value in values.items()}
-        return flat(conv, run_code(conv, source, target, edge_index[:, kept], some, stop)).detach().float()
+        visit = messages_only(conv, len(sent))
+        return run_code(conv, source, target, edge_index[:, kept], some, visit).detach().float()
 
     whole = messages(slice(None))
     first = max(1, t // 2)
@@ -215,4 +214,4 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
         rest = whole - messages(half) - messages(~half) + none
         additive &= bool(rest.norm() <= 1e-4 * whole.norm())
-    return Form(takes, target.size(1), flat(conv, sent[0]).size(1), additive, read is not None)
+    return Form(takes, target.size(1), [flat(conv, messages).size(1) for messages in sent], additive, read is not None)

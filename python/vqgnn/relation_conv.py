@@ -1,8 +1,9 @@
 """A conv of one edge type on a mini-batch: conv((x_source, x_target), graph) with states of out-of-batch sources.
 
 PyG's convs are bipartite already, so its own code runs, as it is, on the batch's sources with the halo's stored rows
-behind them: every target has all its edges, so that a mean, a softmax or a maximum is the whole graph's. Where the
-matrix C is fixed (`CONVS` of nn.py), `aggregate` reads the stored states in place instead.
+behind them: every target has all its edges, so that a mean, a softmax or a maximum is the whole graph's. It may
+propagate several times, each over some of the edges (RGCNConv). Where the matrix C is fixed (`FUSED`), `aggregate`
+reads the stored states in place instead.
 
 States are kept once for all convs that are given the same rows of a node type; the first of them pushes. The gradient G
 of messages is each conv's own, with a row a target that has edges, and sources take in C_HB^T G~_H (eq. 7) as in
@@ -12,11 +13,12 @@ generic.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
 
 import torch
+import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
@@ -30,19 +32,27 @@ from .pyg_code import Stop, flat
 from .store import NodeStore
 
 GIVEN_EDGES = Convolution("sum")  # the relation's edges as they are
+FUSED = (pyg.GCNConv, pyg.SAGEConv, pyg.GINConv)  # one product C X of the sources, then what is theirs of the targets
+
+
+@dataclass(eq=False)
+class Gradients:
+    """Of what one propagate returns: a row a target with edges."""
+
+    store: NodeStore | None = None
 
 
 @dataclass
 class RelationUse(StoreUse):
     """StoreUse of a conv of one edge type: `store` keeps states of its sources.
 
-    pushes: whether this conv writes them, as the first of those that share them. grads: gradients of its messages, a
-    row a target with edges. targets, pushes_targets: the same of its targets, where messages read these too.
+    pushes: whether this conv writes them, as the first of those that share them. grads: gradients of its messages,
+    by propagate, or none. targets, pushes_targets: the same of its targets, where messages read these too.
     """
 
     edge_type: EdgeType = ("", "", "")
     pushes: bool = True
-    grads: NodeStore | None = None
+    grads: list[Gradients] = field(default_factory=list)
     targets: NodeStore | None = None
     pushes_targets: bool = True
 
@@ -50,11 +60,12 @@ class RelationUse(StoreUse):
         text = super().__str__()
         if self.input is None and self.store is not None:
             text += f" of {self.edge_type[0]}" + ("" if self.pushes else ", shared")
-        return text if self.grads is None else f"{text}, with gradients"
+        return f"{text}, with gradients" if self.grads else text
 
     def stores(self) -> dict[str, NodeStore]:
         """Those that this conv writes, by what stands behind its name."""
-        found = {"": self.store if self.pushes else None, ".grad": self.grads}
+        found = {"": self.store if self.pushes else None}
+        found.update({f".grad{k or ''}": gradients.store for k, gradients in enumerate(self.grads)})
         found[".target"] = self.targets if self.pushes_targets else None
         return {name: store for name, store in found.items() if store is not None}
 
@@ -63,14 +74,14 @@ class RelationUse(StoreUse):
 class Form:
     """What a conv's own code does, found by running it on a few nodes.
 
-    edge_values: the edge type's tensors with a row an edge that it takes. target_dim: channels of its targets. out_dim:
-    of what propagate returns for one. additive: whether messages are summed. reads_targets: whether they depend on
-    their target's x.
+    edge_values: the edge type's tensors with a row an edge that it takes. target_dim: channels of its targets.
+    out_dims: of what each propagate returns for one. additive: whether messages are summed. reads_targets: whether
+    they depend on their target's x.
     """
 
     edge_values: list[str]
     target_dim: int
-    out_dim: int
+    out_dims: list[int]
     additive: bool
     reads_targets: bool
 
@@ -80,7 +91,7 @@ class RelationConv(StoreConv):
 
     pyg_class: ClassVar[type[MessagePassing]]
     form: Form | None = None  # None where C is fixed
-    _visitor: Callable[[Tensor], Tensor] | None = None  # sees what propagate returns
+    _visitor: Callable[[Tensor], None] | None = None  # sees what every propagate returns
 
     def forward(self, x, edge_index, *args, **kwargs):
         name = type(self).__name__
@@ -109,7 +120,9 @@ class RelationConv(StoreConv):
 
     def propagate(self, edge_index, size=None, **kwargs):
         out = self.pyg_class.propagate(self, edge_index, size=size, **kwargs)
-        return out if self._visitor is None else self._visitor(out)
+        if self._visitor is not None:
+            self._visitor(out)
+        return out
 
     def stores(self) -> dict[str, NodeStore]:
         return {} if self.store_use is None else self.store_use.stores()
@@ -142,7 +155,7 @@ def make_relation_conv(conv: MessagePassing) -> None:
         return
     if isinstance(conv, StoreConv):
         raise ValueError(f"{cls.__name__} was converted with a Data before; convert a model of PyG's convs")
-    if cls in CONVS and CONVS[cls].fixed:
+    if cls in FUSED:
         conv.__class__ = relation_class(cls, True)
         try:
             conv.convolution()
@@ -179,14 +192,15 @@ def _messages(conv: RelationConv, x: Tensor, graph: BatchRelation) -> Tensor:
         rows = graph.graph.features
     elif use.store is not None:
         rows = use.store.rows
-    if use.grads is not None:
-        csr_t = _known(csr_t._replace(halo=graph.outside_receivers(use.convolution)), graph.n_id.numel(), use.grads)
-        grad_rows = use.grads.rows
+    if use.grads:
+        grads = use.grads[0].store
+        csr_t = _known(csr_t._replace(halo=graph.outside_receivers(use.convolution)), graph.n_id.numel(), grads)
+        grad_rows = grads.rows
     messages = aggregate(source, csr, rows, csr_t, grad_rows)
     if conv.training:
         _push(use, source, None, graph)
-        if use.grads is not None and messages.requires_grad:
-            messages.register_hook(lambda g: _push_gradients(use, g, graph))
+        if use.grads and messages.requires_grad:
+            messages.register_hook(lambda g: _push_gradients(grads, g, graph, use.convolution))
     return messages
 
 
@@ -205,9 +219,9 @@ def _push(use: RelationUse, source: Tensor, target: Tensor | None, graph: BatchR
         use.targets.push(graph.n_id, target.detach().float())
 
 
-def _push_gradients(use: RelationUse, g: Tensor, graph: BatchRelation) -> None:
-    own, places = graph.receivers(use.convolution)
-    use.grads.push(places, g[own].float())
+def _push_gradients(grads: NodeStore, g: Tensor, graph: BatchRelation, convolution: Convolution) -> None:
+    own, places = graph.receivers(convolution)
+    grads.push(places, g[own].float())
 
 
 def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRelation) -> Tensor:
@@ -220,14 +234,16 @@ def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
     if conv.training:
         _push(use, source, target, graph)
     rows = source
-    if use.grads is not None and source.requires_grad:
+    if use.grads and source.requires_grad:
         state, rows = source.detach(), source.view_as(source)  # the hook must not hold the tensor that holds it
         rows.register_hook(lambda g: g + _halo_gradient(conv, state, graph).to(g.dtype))
 
-    def visit(messages: Tensor) -> Tensor:
-        if conv.training and use.grads is not None and messages.requires_grad:
-            messages.register_hook(lambda g: _push_gradients(use, flat(conv, g), graph))
-        return messages
+    remaining = iter(use.grads)
+
+    def visit(messages: Tensor) -> None:
+        gradients = next(remaining, None)
+        if conv.training and gradients is not None and messages.requires_grad:
+            messages.register_hook(lambda g: _push_gradients(gradients.store, flat(conv, g), graph, GIVEN_EDGES))
 
     return deliver(conv, rows, others, target, edges, graph.graph, visit)
 
@@ -239,11 +255,11 @@ def deliver(
     target: Tensor,
     edges: BatchEdges,
     relation: Relation,
-    visit: Callable[[Tensor], Tensor] | None = None,
+    visit: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The conv's own result for target [b, f'], of which `edges` come from source [s, f] and then others [h, f].
 
-    Without others their edges are left out. visit: sees what propagate returns, and may replace it.
+    Without others their edges are left out. visit: sees what every propagate returns.
     """
     if others is None:
         edges = edges.among(source.size(0))
@@ -259,7 +275,7 @@ def run_code(
     target: Tensor,
     edge_index: Tensor,
     values: dict[str, Tensor],
-    visit: Callable[[Tensor], Tensor] | None = None,
+    visit: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """PyG's own forward; the result at which `visit` stopped it, if it did."""
     before, conv._visitor = conv._visitor, visit
@@ -271,9 +287,16 @@ def run_code(
         conv._visitor = before
 
 
-def stop(messages: Tensor) -> Tensor:
-    """Visitor: ends a forward with the messages as its result."""
-    raise Stop(messages)
+def messages_only(conv: RelationConv, count: int) -> Callable[[Tensor], None]:
+    """Visitor: ends a forward after `count` propagates, with what they return, side by side, as its result."""
+    seen: list[Tensor] = []
+
+    def visit(messages: Tensor) -> None:
+        seen.append(flat(conv, messages))
+        if len(seen) == count:
+            raise Stop(torch.cat(seen, 1))
+
+    return visit
 
 
 @torch.enable_grad()
@@ -298,8 +321,8 @@ def _halo_gradient(conv: RelationConv, source: Tensor, graph: BatchRelation) -> 
         others = torch.where((position >= 0)[:, None], source[position.clamp(min=0)], others)
     if graph.graph.square:  # targets are sources too, and stand before the others
         others = torch.cat([use.store.pull(targets).to(dtype), others])
-    messages = deliver(conv, others, others[:0], own, edges, graph.graph, stop)
-    places = graph.outside_receivers(GIVEN_EDGES)
-    known = use.grads.written[places] >= 0
-    g = (use.grads.pull(places) * known[:, None]).to(messages.dtype)
-    return torch.autograd.grad(flat(conv, messages), source, g)[0]
+    visit, places = messages_only(conv, len(use.grads)), graph.outside_receivers(GIVEN_EDGES)
+    messages = deliver(conv, others, others[:0], own, edges, graph.graph, visit)
+    stores = [gradients.store for gradients in use.grads]
+    g = torch.cat([store.pull(places) * (store.written[places] >= 0)[:, None] for store in stores], 1)
+    return torch.autograd.grad(messages, source, g.to(messages.dtype))[0]

@@ -340,5 +340,9 @@ def _record(conv: GenericConv, given: Given) -> Recorded:
         run(conv, record, given, rows, graph.edge_index, slice(None))
     edge_index = record.calls[0].edge_index
     if not all(torch.equal(call.edge_index, edge_index) for call in record.calls[1:]):
-        raise ValueError(f"{type(conv).__name__} propagates over several sets of edges; give each a conv of its own")
+        raise ValueError(
+            f"{type(conv).__name__} propagates over several sets of edges, which works where data is a HeteroData, if "
+            "of one node and one edge type: vqgnn.convert(model, data, forward=lambda model, batch: "
+            "model(batch['node'].x, batch['node', 'to', 'node'].graph))"
+        )
     return Recorded(flow(conv, edge_index), record.values())
