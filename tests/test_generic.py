@@ -19,7 +19,7 @@ from vqgnn.inference import layerwise
 # `python tests/conv_table.py` has every cell. Here fused convs are left to test_invariants and test_convert, and slow
 # checks to one conv of each kind: an attention, several hops, a sum.
 SLOW = {"compile": ("AGNNConv", "ARMAConv"), "vq gradient": ("AGNNConv", "ARMAConv", "GraphConv")}
-FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv", "GATv2Conv", "TransformerConv")
+FUSED = ("GCNConv", "SAGEConv", "GINConv", "GATConv", "GATv2Conv", "TransformerConv", "ChebConv")
 CELLS = [
     (conv, check)
     for conv in conv_table.CONVS

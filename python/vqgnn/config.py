@@ -43,8 +43,8 @@ class Config:
     metric: Literal["auto", "auc"] = option(
         "auto", "Score: accuracy, with several labels micro-F1; or the area under the ROC curve."
     )
-    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "mlp"] = option(
-        "gcn", "Model; 'mlp' ignores the graph."
+    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "cheb", "mlp"] = option(
+        "gcn", "Model; 'cheb' has polynomials of 3 terms, 'mlp' ignores the graph."
     )
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",

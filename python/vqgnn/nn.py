@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
 from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, pull_rows, row_scores
@@ -60,16 +60,18 @@ class StoreConv:
     chains = True  # whether x and a batch's graph are all that it takes
     softmax_heads = 0  # of which a store of gradients must keep the softmax
     query_channels = 0  # of an attention's queries, where they do not follow from what neighbours are told
+    input_product = "input_messages"  # the method of BatchGraph that knows what becomes of the features
+    follows_hop: StoreConv | None = None  # an earlier hop of the same conv, which reads the features if that one does
+    serves_new_nodes = True  # whether edges to a few nodes are enough to know their rows of C
+
+    def store_parts(self) -> dict[str, StoreConv]:
+        """What has a store each, by what stands behind the conv's name: the conv, or each of its hops."""
+        return {"": self}
 
     def forward(self, x, edge_index, *args, **kwargs):
         if not isinstance(edge_index, BatchGraph):
             return super().forward(x, edge_index, *args, **kwargs)
-        given = [value for value in (*args, *kwargs.values()) if value is not None]
-        if given:
-            raise ValueError(
-                f"{type(self).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
-                "weights; set data.edge_weight before vqgnn.convert instead"
-            )
+        _require_no_more(self, args, kwargs)
         if edge_index.run is not None:
             return edge_index.run(self, x, edge_index)
         return self.combine(x, self._messages(x, edge_index))
@@ -108,7 +110,7 @@ class StoreConv:
     def _messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         use = self.store_use
         if use is None:
-            raise ValueError(f"{type(self).__name__} got a batch graph before vqgnn.convert; convert the model first")
+            raise _not_converted(self)
         if use.reads and not graph.started:
             _start(graph, use)
         if use.input == "precompute" and x is graph.x:
@@ -189,6 +191,19 @@ def _stored_queries(graph: BatchGraph, use: StoreUse) -> Tensor | None:
         return None
     where = graph if use.queries.in_place else graph.origin
     return use.queries.pull(where.csr(use.convolution)[1].halo)
+
+
+def _not_converted(conv) -> ValueError:
+    return ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
+
+
+def _require_no_more(conv, args: tuple, kwargs: dict) -> None:
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if given:
+        raise ValueError(
+            f"{type(conv).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
+            "weights; set data.edge_weight before vqgnn.convert instead"
+        )
 
 
 def _entries(csr: CSR, rows: Rows) -> Tensor:
@@ -434,6 +449,81 @@ class TransformerConv(Attention, pyg.TransformerConv):
         return beta * own + (1 - beta) * out
 
 
+class ChebHop(StoreConv, nn.Module):
+    """One product with the matrix of a ChebConv, of what the hop before gave (`follows_hop`) or of the conv's x."""
+
+    input_product = "input_terms"
+    serves_new_nodes = False  # lambda_max and the degrees that normalise are the whole graph's
+
+    def __init__(self, convolution: Convolution, index: int, follows: ChebHop | None):
+        super().__init__()
+        self._convolution, self.index = convolution, index
+        self.__dict__["follows_hop"] = follows  # no child module
+
+    def convolution(self) -> Convolution:
+        return self._convolution
+
+    @property
+    def input_slices(self) -> str:
+        return "exact_neighbours" if self.index == 0 else "csr"
+
+    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        if self.index == 0:
+            return super().input_messages(x, graph)
+        convolution = self.store_use.convolution
+        table = Rows("fp32", graph.graph.terms(convolution)[self.index - 1], None, None)
+        neighbours = graph.read(table, convolution)._replace(csr_t=graph.csr(convolution)[1])
+        return self.batch_messages(x, neighbours)[0]
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        return messages
+
+
+class ChebConv(pyg.ChebConv):
+    """PyG's ChebConv (Defferrard et al.): sum_k T_k W_k, T_0 = X, T_1 = C X, T_k = 2 C T_k-1 - T_k-2.
+
+    C is the scaled Laplacian of the whole graph. Each of the K - 1 products has a store: of X, T_1, ...; of the given
+    features all T_k are computed once.
+    """
+
+    propagate_type: ClassVar = {"x": Tensor, "norm": Tensor}
+
+    def convolution(self) -> Convolution:
+        _require(self, self.flow == "source_to_target", "flow", self.flow, "flow='source_to_target'")
+        _require(self, self.aggr in ("sum", "add"), "aggr", self.aggr, "aggr='sum'")
+        _require(self, len(self.lins) > 1, "K", len(self.lins), "K >= 2")
+        return Convolution("cheb", normalization=self.normalization, order=len(self.lins))
+
+    def store_parts(self) -> dict[str, StoreConv]:
+        if "hops" not in self._modules:
+            hops = []
+            for index in range(len(self.lins) - 1):
+                hops.append(ChebHop(self.convolution(), index, hops[-1] if hops else None))
+            self.hops = nn.ModuleList(hops)
+        return {f".hops.{hop.index}": hop for hop in self.hops}
+
+    def forward(self, x, edge_index, *args, **kwargs):
+        if not isinstance(edge_index, BatchGraph):
+            return super().forward(x, edge_index, *args, **kwargs)
+        _require_no_more(self, args, kwargs)
+        if "hops" not in self._modules:
+            raise _not_converted(self)
+        out = sum(lin(term) for lin, term in zip(self.lins, self._terms(x, edge_index), strict=True))
+        return out if self.bias is None else out + self.bias
+
+    def _terms(self, x: Tensor, graph: BatchGraph) -> list[Tensor]:
+        """T_0, T_1, ... [b, in_channels] of the batch."""
+        use = self.hops[0].store_use
+        if graph.run is None and use is not None and use.input == "precompute" and x is graph.x:
+            if use.reads and not graph.started:
+                _start(graph, use)
+            return [x, *graph.input_terms(use.convolution)]
+        terms = [x, self.hops[0](x, graph)]
+        for hop in self.hops[1:]:
+            terms.append(2 * hop(terms[-1], graph) - terms[-2])
+        return terms
+
+
 CONVS = {
     pyg.GCNConv: GCNConv,
     pyg.SAGEConv: SAGEConv,
@@ -441,4 +531,5 @@ CONVS = {
     pyg.GATConv: GATConv,
     pyg.GATv2Conv: GATv2Conv,
     pyg.TransformerConv: TransformerConv,
+    pyg.ChebConv: ChebConv,
 }

@@ -11,7 +11,6 @@ from torch_geometric.data import Data
 from vqgnn_kernels import Rows
 
 from .disk_graph import MappedData
-from .generic import GenericConv
 from .graph import BatchGraph, Graph
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
@@ -60,11 +59,11 @@ def new_nodes(
     if "edge_weight" in data:
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
     convs = [module for module in model.modules() if isinstance(module, StoreConv)]
-    generic = sorted({type(conv).__name__ for conv in convs if isinstance(conv, GenericConv)})
-    if generic:
+    others = sorted({type(conv).__name__ for conv in convs if not conv.serves_new_nodes})
+    if others:
         raise ValueError(
-            f"the model has {', '.join(generic)}, which PyG's code computes, on edges of the known graph; add the new "
-            "nodes to the graph and use inference.layerwise"
+            f"the model has {', '.join(others)}, whose edges come from the whole of the known graph; add the new nodes "
+            "to it and use inference.layerwise"
         )
     if any(conv.store_use is None or (conv.store_use.store is None and conv.store_use.input is None) for conv in convs):
         raise ValueError(

@@ -28,7 +28,7 @@ from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .inference import layerwise, warmup
-from .models import Transformer
+from .models import Cheb, Transformer
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -43,6 +43,7 @@ MODELS = {
     "gat": models.GAT,
     "gatv2": partial(models.GAT, v2=True),
     "transformer": Transformer,
+    "cheb": Cheb,
 }
 _ROWS = 65_536  # of features at a time
 _DEAD, _COLLAPSED = 0.9, 1.5  # share of dead codes, and perplexity, at which a codebook is called collapsed
