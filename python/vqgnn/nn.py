@@ -302,7 +302,7 @@ class Attention(StoreConv):
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
-        source = self.message_input(torch.cat([x, halo]))
+        source = self.message_input(torch.cat([x, halo.to(x.dtype)]))
         return self.batch_messages(source, Neighbours(csr, None, csr_t), self.message_query(x))[0]
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
