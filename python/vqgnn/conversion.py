@@ -17,10 +17,11 @@ from .generic import GenericConv, make_generic
 from .graph import BatchGraph, Graph, not_an_edge_index
 from .inference import call_model, device_of, evaluating, warmup
 from .loader import Batch
-from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .nn import CONVS
 from .partitioning import cache_folder
 from .places import resolve
 from .store import Codec, NodeStore
+from .store_conv import INPUTS, StoreConv, StoreUse
 from .survey import examine, settle
 from .transfer import TransferEngine
 

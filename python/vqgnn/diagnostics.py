@@ -14,8 +14,8 @@ from .conversion import stores
 from .graph import Convolution, Graph
 from .inference import call_model, evaluating, visit_inputs
 from .loader import Batch
-from .nn import StoreConv
 from .store import Neighbours
+from .store_conv import StoreConv
 from .survey import Hop
 
 

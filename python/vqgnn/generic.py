@@ -30,9 +30,9 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
 from .graph import BatchGraph
-from .nn import StoreConv, require_whole
 from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
+from .store_conv import StoreConv, require_whole
 from .survey import Hop, Survey
 
 

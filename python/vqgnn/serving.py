@@ -14,8 +14,8 @@ from .disk_graph import MappedData
 from .graph import BatchGraph, Graph
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
-from .nn import StoreConv
 from .store import Neighbours
+from .store_conv import StoreConv
 
 
 @torch.no_grad()

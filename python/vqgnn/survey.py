@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .graph import BatchEdges, Convolution, Graph
-from .nn import StoreUse
 from .pyg_code import (
     Given,
     Listen,
@@ -25,6 +24,7 @@ from .pyg_code import (
     uncached,
 )
 from .store import NodeStore
+from .store_conv import StoreUse
 
 if TYPE_CHECKING:
     from .generic import GenericConv
