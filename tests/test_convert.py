@@ -9,15 +9,15 @@ from torch import nn
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
-from vqgnn.models import Transformer
-from vqgnn.nn import StoreConv
+from vqgnn.models import Cheb, Transformer
+from vqgnn.store_conv import StoreConv
 
 
 def GATv2(*args, **options):
     return GAT(*args, v2=True, **options)
 
 
-MODELS = [GCN, GraphSAGE, GIN, GAT, GATv2, Transformer]
+MODELS = [GCN, GraphSAGE, GIN, GAT, GATv2, Transformer, Cheb]
 METHODS = ["vq", "gas", "lmc", "drop", "full"]
 
 
@@ -71,6 +71,16 @@ def test_stores_are_there_where_state_is_needed(data):
         }  # fmt: skip
 
 
+def test_a_hop_has_a_store_of_its_own(data):
+    model = vqgnn.convert(Cheb(6, 8, 2, 3, K=4), data)
+    assert list(vqgnn.stores(model)) == [f"convs.1.hops.{hop}" for hop in range(3)]
+    assert {str(path.reads) for path in vqgnn.paths(model)[:3]} == {"C x, computed once"}
+    found = vqgnn.stores(vqgnn.convert(Cheb(6, 8, 1, 3, K=3), data, input="codes"))
+    assert list(found) == ["convs.0.hops.0", "convs.0.hops.1"]
+    with pytest.raises(ValueError, match=r"ChebConv\(K=1\) cannot read a node-state store; use K >= 2"):
+        vqgnn.convert(vqgnn.nn.ChebConv(6, 3, 1), data)
+
+
 def test_filled_stores_hold_the_exact_states(data):
     model = GCN(6, 8, 2, 3).eval()
     hidden = model.convs[0](data.x, data.edge_index).relu()
@@ -118,7 +128,7 @@ class Twice(nn.Module):
 class Unreached(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b = pyg.GCNConv(6, 6), pyg.GCNConv(6, 6)
+        self.a, self.b = pyg.ChebConv(6, 6, 3), pyg.GCNConv(6, 6)
 
     def forward(self, x, graph):
         return self.a(x, graph)

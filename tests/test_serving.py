@@ -7,14 +7,14 @@ import torch
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch_geometric.data import Data
-from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
+from torch_geometric.nn.models import GAT, GCN, GIN, EdgeCNN, GraphSAGE
 from torch_geometric.utils import coalesce
 
 import vqgnn
 from vqgnn import datasets, graph_writer, new_nodes, serving
 from vqgnn.cli import main
 from vqgnn.inference import layerwise
-from vqgnn.models import Transformer
+from vqgnn.models import Cheb, Transformer
 
 MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT, "transformer": Transformer}
 NEW, KNOWN = 9, 40
@@ -144,6 +144,15 @@ def test_bad_input(x, edges, message):
     data = awkward_graph()
     with pytest.raises(ValueError, match=message):
         new_nodes(converted("gcn", data, method="gas"), data, x, edges)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"), [(lambda: Cheb(6, 8, 2, 3), "ChebHop"), (lambda: EdgeCNN(6, 8, 2, 3), "EdgeConv")]
+)
+def test_convs_that_need_the_whole_graph_are_named(build, name, new):
+    data = awkward_graph()
+    with pytest.raises(ValueError, match=f"the model has {name}, whose edges come from the whole of the known graph"):
+        new_nodes(vqgnn.convert(build(), data), data, *new)
 
 
 @pytest.mark.parametrize("method", ["drop", "full"])

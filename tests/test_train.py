@@ -52,7 +52,7 @@ def comparable(metrics):
     return [{k: v for k, v in epoch.items() if "seconds" not in k and "memory" not in k} for epoch in metrics]
 
 
-@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "mlp"])
+@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb", "mlp"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc", "drop", "full"])
 def test_every_model_and_method(model, method):
     if model == "mlp" and method != "vq":

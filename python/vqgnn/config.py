@@ -48,8 +48,10 @@ class Config:
         "Score: accuracy, with several labels micro-F1; or the area under the ROC curve. --task link: Hits@K, of a "
         "recommender Recall@20; or the mean reciprocal rank.",
     )
-    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "mlp"] = option(
-        "gcn", "Model; 'hybrid' is GAT beside attention to all nodes' codewords, 'mlp' ignores the graph."
+    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb", "mlp"] = option(
+        "gcn",
+        "Model; 'hybrid' is GAT beside attention to all nodes' codewords, 'cheb' has polynomials of 3 terms, 'mlp' "
+        "ignores the graph.",
     )
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",

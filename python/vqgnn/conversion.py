@@ -16,14 +16,15 @@ from torch_geometric.data import Data, HeteroData
 from . import hetero
 from .calling import call_model, device_of, evaluating
 from .generic import GenericConv, make_generic
-from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
+from .graph import BatchGraph, Graph, not_an_edge_index
 from .inference import warmup
 from .loader import Batch
-from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .nn import CONVS
 from .partitioning import cache_folder
 from .places import resolve
 from .relation_conv import RelationConv
 from .store import Codec, NodeStore
+from .store_conv import INPUTS, StoreConv, StoreUse
 from .survey import examine, settle
 from .transfer import TransferEngine
 
@@ -56,8 +57,9 @@ def convert(
 
     Args:
         model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
-            GATv2Conv and TransformerConv (without edge features) have fused kernels; every other `MessagePassing`, and
-            one with hooks on its messages, runs its own code (`vqgnn.paths` tells which does).
+            GATv2Conv and TransformerConv (these three without edge features) and ChebConv have fused kernels; every
+            other `MessagePassing`, and one with hooks on its messages, runs its own code (`vqgnn.paths` tells which
+            does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
             GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
@@ -100,7 +102,7 @@ def convert(
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
-    convs = _find(model)
+    found = _find(model)
     if isinstance(data, HeteroData):
         if place in ("host", "pinned"):
             raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
@@ -110,13 +112,16 @@ def convert(
             _make_stores(wanted, on, on, place, folder, codebook)
 
         options = hetero.Options(method, codec, input, grad, default_grad, seed)
-        hetero.convert(model, data, convs, options, fill, forward, make_stores)
+        hetero.convert(model, data, found, options, fill, forward, make_stores)
         return model
     graph, device = Graph.of(data), device_of(model, data)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
-    before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in convs.values()}
+    before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in found.values()}
     try:
-        convolutions = {conv: _as_store_conv(conv) for conv in convs.values()}
+        convs = {}
+        for name, conv in found.items():
+            _make_store_conv(conv)
+            convs |= {name + more: part for more, part in conv.store_parts().items()}
         calls = _probe(model, graph, device, forward)
         uses: dict[StoreConv, StoreUse] = {}
         wanted: list[tuple[object, str, dict]] = []  # the stores to make: of whom, its attribute, their arguments
@@ -125,7 +130,8 @@ def convert(
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
             dim, sees_features = calls[conv]
             generic = isinstance(conv, GenericConv)
-            use = uses[conv] = StoreUse(conv.survey.edges if generic else convolutions[conv], whole=method == "full")
+            use = uses[conv] = StoreUse(conv.survey.edges if generic else conv.convolution(), whole=method == "full")
+            sees_features |= conv.follows_hop is not None and uses[conv.follows_hop].input is not None
             if sees_features and input != "codes":
                 if input == "precompute" and not conv.fixed:
                     raise ValueError(
@@ -163,6 +169,8 @@ def convert(
             conv.__class__ = cls
             for name in ("survey", "_visitor"):
                 conv.__dict__.pop(name, None)
+            if not hasattr(cls, "store_parts"):
+                conv._modules.pop("hops", None)
             if survey is not None:
                 conv.survey = survey
         raise
@@ -172,7 +180,7 @@ def convert(
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
         slices = conv.input_slices if use.input == "rows" or isinstance(conv, GenericConv) else "csr"
-        graph.wanted[use.convolution, "input_messages" if use.input == "precompute" else slices] = None
+        graph.wanted[use.convolution, conv.input_product if use.input == "precompute" else slices] = None
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only
@@ -204,9 +212,9 @@ def stores(model: nn.Module) -> dict[str, NodeStore]:
     """The node-state stores of a converted model by the path of their conv.
 
     They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. Some convs have
-    several: "conv.query" of an attention's queries; of one that PyG's code computes "conv.hop1" of its second
-    propagate's inputs and "conv.grad" of gradients. Of a HeteroData, the convs of a layer share the states of a node
-    type, which stand at the first of them; gradients are each conv's own.
+    several: "conv.query" of an attention's queries; "conv.hops.0", ... of the products of a ChebConv; of a conv that
+    PyG's code computes "conv.hop1" of its second propagate's inputs and "conv.grad" of gradients. Of a HeteroData, the
+    convs of a layer share the states of a node type, which stand at the first of them; gradients are each conv's own.
     """
     found = {}
     for name, module in model.named_modules():
@@ -265,19 +273,20 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     return convs
 
 
-def _as_store_conv(conv: nn.Module) -> Convolution | None:
-    """Make a PyG conv one that reads a store: fused where there is such a one for its options, else by its own code."""
+def _make_store_conv(conv: nn.Module) -> None:
+    """Let a PyG conv read a store: fused where there is such a one for its options, else by its own code."""
     cls = type(conv)
-    if isinstance(conv, StoreConv):
-        return conv.convolution()
     if cls in CONVS and not _has_message_hooks(conv):
         conv.__class__ = CONVS[cls]
         try:
-            return conv.convolution()
+            conv.convolution()
+            return
         except ValueError:  # an option that the fused path lacks
             conv.__class__ = cls
-    make_generic(conv)
-    return None
+    if cls in CONVS.values():
+        conv.convolution()  # raises for such an option
+    elif not isinstance(conv, StoreConv):
+        make_generic(conv)
 
 
 def _has_message_hooks(conv: pyg.MessagePassing) -> bool:

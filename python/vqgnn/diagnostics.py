@@ -15,8 +15,8 @@ from .conversion import stores
 from .graph import BatchGraph, Convolution, Graph, MovedBatch
 from .inference import call_model, device_of, evaluating, visit_inputs
 from .loader import Batch
-from .nn import StoreConv
 from .store import Neighbours
+from .store_conv import StoreConv
 from .survey import Hop
 
 

@@ -6,7 +6,7 @@ A conv computes row by row, then `propagate` gathers rows over the edges, then i
 - forward runs on the batch's rows;
 - what it hands to the first `propagate`, it also hands over for the halo: its code runs up to there on the halo's
   stored inputs, with this step's weights, which get gradients from both;
-- a later `propagate` of the same forward (APPNP, ARMA, Cheb) keeps its inputs in a store of its own;
+- a later `propagate` of the same forward (APPNP, ARMA) keeps its inputs in a store of its own;
 - a conv that changes the edges first (self loops, gcn_norm) did so once to the whole graph, and a batch takes its edges
   and their values from there: normalisation comes from the whole graph, whatever a conv normalises. Values that
   training drops (APPNP) are dropped batch by batch.
@@ -31,9 +31,9 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
 from .graph import BatchGraph
-from .nn import StoreConv, require_whole
 from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
+from .store_conv import StoreConv, require_whole
 from .survey import Hop, Survey, settle_again
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import add_self_loops, degree, remove_self_loops
+from torch_geometric.utils import add_self_loops, degree, get_laplacian, remove_self_loops
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
@@ -28,14 +28,17 @@ _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the resul
 class Convolution:
     """Which fixed convolution matrix C a conv uses: the key under which the graph keeps it.
 
-    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), or "attention"
-        (adjacency, with add_self_loops exactly one loop a node; its weights are computed by the conv).
+    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), "attention" (adjacency,
+        with add_self_loops exactly one loop a node; its weights are computed by the conv), or "cheb" (the Laplacian of
+        that normalization, scaled to eigenvalues in [-1, 1], of whose Chebyshev polynomials `order` are used).
     """
 
     kind: str
     normalize: bool = True
     add_self_loops: bool = True
     improved: bool = False
+    normalization: str | None = None
+    order: int = 0
 
     def edges(self, graph: Graph) -> tuple[Tensor, Tensor | None]:
         """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
@@ -47,6 +50,11 @@ class Convolution:
             return gcn_norm(
                 edge_index, weight, graph.num_nodes, self.improved, self.add_self_loops, dtype=torch.float32
             )
+        if self.kind == "cheb":
+            edge_index, weight = get_laplacian(edge_index, weight, self.normalization, torch.float32, graph.num_nodes)
+            weight = weight / weight.max()  # 2 L / lambda_max, which is taken for twice the largest entry
+            weight[edge_index[0] == edge_index[1]] -= 1
+            return edge_index, weight
         if self.kind == "mean":  # PyG's SAGEConv takes no edge weights
             count = degree(edge_index[1], graph.num_nodes, dtype=torch.float32)
             return edge_index, (1.0 / count)[edge_index[1]]
@@ -169,6 +177,7 @@ class Graph:
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
+        self._terms: dict[Convolution, list[Tensor]] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
         self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
@@ -230,6 +239,20 @@ class Graph:
                     out[i * _CHUNK : i * _CHUNK + len(chunk)] = chunk
             self._products[convolution] = out
         return self._products[convolution]
+
+    def terms(self, convolution: Convolution) -> list[Tensor]:
+        """Chebyshev polynomials T_1, T_2, ... [n, f] of C, of the input features; computed once."""
+        if convolution not in self._terms:
+            terms = [self.x, self.product(convolution)]
+            while len(terms) < convolution.order:
+                rows = Rows("fp32", terms[-1], None, None)
+                after = torch.empty_like(self.x)
+                for start in range(0, self.num_nodes, _CHUNK):
+                    stop = min(start + _CHUNK, self.num_nodes)
+                    after[start:stop] = self.propagate(convolution, rows, start, stop, self.x.size(1))
+                terms.append(after.mul_(2).sub_(terms[-2]))
+            self._terms[convolution] = terms[1:]
+        return self._terms[convolution]
 
     def _product_chunks(self, convolution: Convolution) -> Iterator[Tensor]:
         for start in range(0, self.num_nodes, _CHUNK):
@@ -323,6 +346,10 @@ class BatchGraph:
         """The batch's rows of C X [b, f]."""
         return self._once("input_messages", convolution)
 
+    def input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        """The batch's rows of `Graph.terms`, each [b, f]."""
+        return self._once("input_terms", convolution)
+
     def exact_neighbours(self, convolution: Convolution) -> Neighbours:
         """The batch's neighbours with their given features."""
         return self._once("exact_neighbours", convolution)
@@ -385,6 +412,10 @@ class BatchGraph:
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         product = self.graph.product(convolution)
         return product if self.whole else product[self.n_id]
+
+    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        terms = self.graph.terms(convolution)
+        return tuple(terms if self.whole else (term[self.n_id] for term in terms))
 
     def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
         csr, csr_t = self.csr(convolution)
@@ -500,6 +531,9 @@ class MovedBatch(BatchGraph):
 
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         return self._moved(self._origin.input_messages(convolution))
+
+    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        return self._moved(self._origin.input_terms(convolution))
 
     def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
         csr_t = self.csr(convolution)[1]

@@ -19,9 +19,9 @@ from .calling import call_model, evaluating
 from .hetero_graph import BatchRelation, HeteroGraph
 from .hetero_survey import Structure
 from .loader import BatchLoader
-from .nn import StoreConv
 from .relation_conv import GIVEN_EDGES, RelationConv, deliver
 from .store import NodeStore
+from .store_conv import StoreConv
 
 _BATCH = 32_768  # nodes at a time, of all types together
 

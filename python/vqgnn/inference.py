@@ -16,7 +16,7 @@ from . import hetero_inference, tables
 from .calling import alike, call_model, device_of, evaluating
 from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch
 from .loader import Batch, BatchLoader
-from .nn import StoreConv
+from .store_conv import StoreConv
 
 METHODS = ("exact", "vq", "stale")
 _BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 channels

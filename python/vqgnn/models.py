@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, TransformerConv
+from torch_geometric.nn import ChebConv, GATConv, TransformerConv
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from .global_attention import GlobalAttention
@@ -24,6 +24,17 @@ class Transformer(BasicGNN):
             raise ValueError(f"heads={heads} must divide the {out_channels} channels of a hidden layer")
         channels = out_channels // heads if concat else out_channels
         return TransformerConv(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+
+
+class Cheb(BasicGNN):
+    """Layers of PyG's ChebConv (Defferrard et al.), each a polynomial of K terms."""
+
+    supports_edge_weight: Final[bool] = True
+    supports_edge_attr: Final[bool] = False
+    supports_norm_batch: Final[bool]
+
+    def init_conv(self, in_channels: int, out_channels: int, K: int = 3, **kwargs) -> nn.Module:
+        return ChebConv(in_channels, out_channels, K, **kwargs)
 
 
 class Hybrid(BasicGNN):

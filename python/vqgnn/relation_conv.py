@@ -27,9 +27,10 @@ from vqgnn_kernels import CSR, aggregate
 from .generic import refuse_taken_names
 from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution
 from .hetero_graph import BatchRelation, EdgeType, Relation
-from .nn import CONVS, StoreConv, StoreUse, require_whole
+from .nn import CONVS
 from .pyg_code import Stop, flat
 from .store import NodeStore
+from .store_conv import StoreConv, StoreUse, require_whole
 
 GIVEN_EDGES = Convolution("sum")  # the relation's edges as they are
 FUSED = (pyg.GCNConv, pyg.SAGEConv, pyg.GINConv)  # one product C X of the sources, then what is theirs of the targets

@@ -16,8 +16,8 @@ from .generic import GenericConv
 from .graph import BatchGraph, Graph
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
-from .nn import StoreConv
 from .pyg_code import taken_edge_tensors
+from .store_conv import StoreConv
 from .survey import Hop
 
 
@@ -64,6 +64,11 @@ def new_nodes(
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
     uses = []
     for conv in (module for module in model.modules() if isinstance(module, StoreConv)):
+        if not conv.serves_new_nodes:
+            raise ValueError(
+                f"{type(conv).__name__} reads more of the graph than a node's edges; add the new nodes to the graph "
+                "and use inference.layerwise"
+            )
         if not isinstance(conv, GenericConv):
             uses.append(conv.store_use)
             continue

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .graph import BatchEdges, Convolution, Graph
-from .nn import StoreUse
 from .pyg_code import (
     Given,
     Listen,
@@ -28,6 +27,7 @@ from .pyg_code import (
     uncached,
 )
 from .store import NodeStore
+from .store_conv import StoreUse
 
 if TYPE_CHECKING:
     from .generic import GenericConv

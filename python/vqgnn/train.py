@@ -29,7 +29,7 @@ from .datasets import Dataset
 from .disk_graph import MappedData
 from .graph import BatchGraph
 from .inference import estimate_norms, layerwise, warmup
-from .models import Hybrid, Transformer
+from .models import Cheb, Hybrid, Transformer
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -45,6 +45,7 @@ MODELS = {
     "gatv2": partial(models.GAT, v2=True),
     "transformer": Transformer,
     "hybrid": Hybrid,
+    "cheb": Cheb,
 }
 _ROWS = 65_536  # of features at a time
 _OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
