@@ -16,8 +16,9 @@ import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.typing import OptPairTensor, OptTensor
 
-from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, row_scores
+from vqgnn_kernels import CSR, Rows, aggregate, attention_aggregate, pull_rows, row_scores
 
+from .alignment import align
 from .global_attention import GlobalAttention as GlobalAttention
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
@@ -30,14 +31,16 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. reads: of the
-    whole model, stores whose rows take time to come, so that the first conv asks for all of them.
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. align: the
+    halo's rows follow the present weights (`align`). reads: of the whole model, stores whose rows take time to come, so
+    that the first conv asks for all of them.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
     whole: bool = False
+    align: bool = False
     reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -46,7 +49,7 @@ class StoreUse:
             return {"precompute": "C x, computed once", "rows": "features"}[self.input]
         if self.store is None:
             return "none: batches are the graph" if self.whole else "none: dropped"
-        return f"{self.store.codec}, with gradients" if self.store.grad else str(self.store.codec)
+        return str(self.store.codec) + ", with gradients" * self.store.grad + ", aligned" * self.align
 
 
 class StoreConv:
@@ -112,11 +115,23 @@ class StoreConv:
             csr, csr_t = graph.csr(use.convolution)
             return self.batch_messages(source, Neighbours(csr, None, csr_t))[0]
         neighbours = _stored(graph, use) if use.reads else graph.neighbours(store, use.convolution)
-        messages, lse = self.batch_messages(source, neighbours)
+        if use.align:
+            messages, lse = self._aligned_messages(source, graph, neighbours)
+        else:
+            messages, lse = self.batch_messages(source, neighbours)
         if self.training:
             n_id = graph.n_id if store.in_place else graph.origin.n_id
             self._record(store, n_id, source, messages, lse)
         return messages
+
+    def _aligned_messages(
+        self, source: Tensor, graph: BatchGraph, neighbours: Neighbours
+    ) -> tuple[Tensor, Tensor | None]:
+        """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows."""
+        csr, csr_t, _ = graph.bipartite(self.store_use.convolution)
+        halo = pull_rows(neighbours.rows, neighbours.csr.halo, source.size(1))
+        halo = align(halo, _own_rows(graph, self.store_use.store), source)
+        return self.batch_messages(torch.cat([source, halo]), Neighbours(csr, None, csr_t))
 
     def _record(self, store: NodeStore, n_id: Tensor, x: Tensor, messages: Tensor, lse: Tensor | None) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
@@ -161,6 +176,16 @@ def _start(graph: BatchGraph, use: StoreUse) -> None:
 @torch.compiler.disable
 def _stored(graph: BatchGraph, use: StoreUse) -> Neighbours:
     return graph.neighbours(use.store, use.convolution)
+
+
+def _own_rows(graph: BatchGraph, store: NodeStore) -> Tensor:
+    """[b, f] the batch's own rows as they were stored, before this step's push."""
+    return store.pull(graph.n_id) if store.in_place else _fetched(graph, store)
+
+
+@torch.compiler.disable
+def _fetched(graph: BatchGraph, store: NodeStore) -> Tensor:
+    return store.pull(graph.origin.n_id)
 
 
 def _entries(csr: CSR, rows: Rows) -> Tensor:
