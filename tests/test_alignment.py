@@ -97,3 +97,27 @@ def test_who_is_aligned():
         uses(GCN, align=True)
     with pytest.raises(ValueError, match="with method='drop'"):
         uses(GAT, align=True, method="drop")
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_limited_attention(v2):
+    """Scores move by at most L times what a row does, and vectors within the bound stay."""
+    torch.manual_seed(0)
+    model = GAT(6, 8, 2, 3, heads=2, v2=v2)
+    conv = model.convs[0]
+    vectors = [conv.att] if v2 else [conv.att_src, conv.att_dst]
+    with torch.no_grad():
+        for vector in vectors:
+            vector[0, 0] *= 30 / vector[0, 0].norm()
+            vector[0, 1] *= 0.5 / vector[0, 1].norm()
+    kept = [vector[0, 1].clone() for vector in vectors]
+    vqgnn.nn.limit_attention(model, 2.0)
+    for vector, small in zip(vectors, kept, strict=True):
+        assert vector.norm(dim=-1).flatten().tolist() == pytest.approx([2.0, 0.5])
+        assert torch.equal(vector[0, 1], small)
+
+
+@pytest.mark.parametrize("build, lipschitz", [(GAT, 0.0), (GAT, -1.0), (GCN, 8.0)])
+def test_attention_without_a_bound(build, lipschitz):
+    with pytest.raises(ValueError, match=f"lipschitz={lipschitz} for a {build.__name__}"):
+        vqgnn.nn.limit_attention(build(6, 8, 2, 3), lipschitz)

@@ -1,4 +1,4 @@
-"""Stored rows that follow the weights: what happened to a batch's own rows since they were stored, all others get too."""
+"""Stored rows that follow the weights: they move as a batch's own rows have moved since they were stored."""
 
 from __future__ import annotations
 

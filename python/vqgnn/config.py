@@ -66,6 +66,12 @@ class Config:
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
     heads: int = option(4, "Attention heads of --model gat, which share the hidden channels.", 1)
+    lipschitz: float | None = option(
+        None, "--model gat: bound of how fast attention scores change with a node's row. [default: none]", 0
+    )
+    align: bool = option(
+        True, "--model gat: stored rows follow the weights as the batch's own rows do; --no-align reads them as is."
+    )
     dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
     lr: float = option(0.01, "Adam's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
@@ -91,6 +97,8 @@ class Config:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
         if self.model == "gat" and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
+        if self.lipschitz is not None and (self.model != "gat" or self.lipschitz <= 0):
+            raise InputError(f"--lipschitz {self.lipschitz} is for --model gat, and must be above 0; leave it out")
         self.columns()
         self.random_features()
         num_parts, _ = self.parts_pair()

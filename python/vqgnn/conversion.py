@@ -68,8 +68,8 @@ def convert(
             convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
-        align: whether stored rows follow the weights as the batch's own rows do (see `vqgnn.alignment.align`). Default: for
-            fused attention without a gradient store, whose place it takes; it decodes the halo's rows of one layer at a time.
+        align: whether stored rows follow the weights as the batch's own rows do (`vqgnn.alignment.align`). For fused
+            attention, by default wherever it has no gradient store, whose place it takes; the halo's rows are decoded.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.

@@ -27,6 +27,7 @@ from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
 from .inference import layerwise, warmup
+from .nn import limit_attention
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -133,7 +134,7 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
-                options |= {"place": config.place, "folder": folder}
+                options |= {"place": config.place, "folder": folder, "align": None if config.align else False}
                 convert(self.model, self.train_data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -261,6 +262,8 @@ class Trainer:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            if self.config.lipschitz is not None:
+                limit_attention(self.model, self.config.lipschitz)
             self.averaged.update_parameters(self.model)
             total += loss_sum.detach().double()  # stays on the device: reading it here would stall every step
             if bar is not None:
