@@ -70,7 +70,7 @@ class Config:
         None, "--model gat: bound of how fast attention scores change with a node's row. [default: none]", 0
     )
     align: bool = option(
-        True, "--model gat: stored rows follow the weights as the batch's own rows do; --no-align reads them as is."
+        False, "--model gat: stored rows follow the weights as the batch's own rows do; better, and slower."
     )
     dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
     lr: float = option(0.01, "Adam's step size.", 0)

@@ -42,7 +42,7 @@ def convert(
     codec: str | Codec | None = None,
     input: str = "auto",
     grad: bool | None = None,
-    align: bool | None = None,
+    align: bool = False,
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
@@ -69,7 +69,7 @@ def convert(
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
         align: whether stored rows follow the weights as the batch's own rows do (`vqgnn.alignment.align`). For fused
-            attention, by default wherever it has no gradient store, whose place it takes; the halo's rows are decoded.
+            attention only and in place of a gradient store; the halo's rows are decoded, one layer at a time.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
@@ -126,8 +126,8 @@ def convert(
             if not generic:
                 keep = default_grad and conv.fixed if grad is None else grad
                 if use.input is None:
-                    use.align = codec is not None and not conv.fixed and not keep if align is None else align
-                    if use.align and (codec is None or conv.fixed):
+                    use.align = align
+                    if align and (codec is None or conv.fixed):
                         raise ValueError(
                             f"align=True is for attention that reads stored rows, not {type(conv).__name__} with "
                             f"method={method!r}; leave it out"

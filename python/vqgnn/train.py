@@ -134,7 +134,7 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
-                options |= {"place": config.place, "folder": folder, "align": None if config.align else False}
+                options |= {"place": config.place, "folder": folder, "align": config.align}
                 convert(self.model, self.train_data, method=config.method, **options)
         except ValueError as error:
             raise InputError(str(error)) from error
