@@ -51,7 +51,7 @@ def test_bad_shapes_are_named(shapes):
         align(*map(torch.zeros, shapes))
 
 
-@pytest.mark.parametrize("method, codec", [("gas", None), ("gas", "int8"), ("vq", "pq:d=2,k=64")])
+@pytest.mark.parametrize("method, codec", [("gas", None), ("gas", "int8"), ("vq", "pq:d=2,k=128")])
 @pytest.mark.parametrize("place", ["device", "disk"])
 def test_messages_follow_a_linear_change(method, codec, place, tmp_path):
     """Weights of the layer below change after its states were stored: aligned, messages stay right."""
@@ -68,7 +68,9 @@ def test_messages_follow_a_linear_change(method, codec, place, tmp_path):
         with torch.no_grad():
             out = model(batch.x, batch.graph)
         errors[name] = float((out - truth[batch.n_id]).norm() / truth[batch.n_id].norm())
+        errors["messages", name] = vqgnn.diagnostics.error_bound(model, data, batch)[0].messages
     assert errors[True] < 0.3 * errors[False], errors
+    assert errors["messages", True] < 0.3 * errors["messages", False], errors
 
 
 def test_whole_batches_and_frozen_weights_stay_exact():

@@ -116,7 +116,7 @@ class StoreConv:
             return self.batch_messages(source, Neighbours(csr, None, csr_t))[0]
         neighbours = _stored(graph, use) if use.reads else graph.neighbours(store, use.convolution)
         if use.align:
-            messages, lse = self._aligned_messages(source, graph, neighbours)
+            messages, lse = self.aligned_messages(source, graph, neighbours)
         else:
             messages, lse = self.batch_messages(source, neighbours)
         if self.training:
@@ -124,10 +124,13 @@ class StoreConv:
             self._record(store, n_id, source, messages, lse)
         return messages
 
-    def _aligned_messages(
+    def aligned_messages(
         self, source: Tensor, graph: BatchGraph, neighbours: Neighbours
     ) -> tuple[Tensor, Tensor | None]:
-        """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows."""
+        """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows.
+
+        Before the batch's rows are pushed: what is stored of them says how rows have moved.
+        """
         csr, csr_t, _ = graph.bipartite(self.store_use.convolution)
         halo = pull_rows(neighbours.rows, neighbours.csr.halo, source.size(1))
         halo = align(halo, _own_rows(graph, self.store_use.store), source)
