@@ -64,6 +64,30 @@ def test_every_model_and_method(model, method):
     assert ("perplexity" in metrics) == (method == "vq" and model != "mlp")
 
 
+def test_bounded_and_aligned_attention():
+    """--lipschitz holds after every step, and --align reaches the convs that read stored rows."""
+    trainer = make(model="gat", lipschitz=0.3, align=True)
+    trainer.train_epoch()
+    for conv in trainer.model.convs:
+        for vector in (conv.att_src, conv.att_dst):
+            assert float(vector.detach().norm(dim=-1).max()) <= 0.3 * (1 + 1e-5)
+    assert [conv.store_use.align for conv in trainer.model.convs] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lipschitz": 2.0}, "--lipschitz 2.0 is for --model gat"),
+        ({"model": "gat", "lipschitz": 0.0}, "must be above 0"),
+        ({"align": True}, "attention that reads stored rows, not GCNConv"),
+        ({"model": "gat", "method": "drop", "codec": None, "align": True}, "with method='drop'"),
+    ],
+)
+def test_attention_options_where_there_is_none(changes, words):
+    with pytest.raises(InputError, match=words):
+        make(**changes)
+
+
 def test_training_learns():
     trainer = make(epochs=12, dropout=0.0)
     losses = [trainer.train_epoch()["loss"] for _ in range(12)]

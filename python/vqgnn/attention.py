@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
 from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
@@ -192,3 +192,29 @@ class TransformerConv(Attention, pyg.TransformerConv):
             return out + own
         beta = self.lin_beta(torch.cat([out, own, out - own], 1)).sigmoid()
         return beta * own + (1 - beta) * out
+
+
+@torch.no_grad()
+def limit_attention(model: nn.Module, lipschitz: float) -> None:
+    """Scale attention vectors, in place, to norm at most `lipschitz` by head; call it after every optimiser step.
+
+    A score then moves by at most `lipschitz` times what a row z = W x does, and by that much a stale or quantised row
+    can mislead it (VQ-GNN, theorem 2 and appendix E). Of GATConv and GATv2Conv, PyG's own included; the weights stay
+    ordinary ones. The scores of other attention, as TransformerConv's inner products, have no such constant.
+
+    Raises:
+        ValueError: lipschitz <= 0, or a model without such convs.
+    """
+    vectors = []
+    for conv in model.modules():
+        if isinstance(conv, pyg.GATConv):
+            vectors += [conv.att_src, conv.att_dst]
+        elif isinstance(conv, pyg.GATv2Conv):
+            vectors.append(conv.att)
+    if not lipschitz > 0 or not vectors:
+        raise ValueError(
+            f"lipschitz={lipschitz!r} for a {type(model).__name__} of {len(vectors)} attention vectors: it must be "
+            "above 0, and the model have GATConv or GATv2Conv"
+        )
+    for vector in vectors:
+        vector.mul_((lipschitz / vector.norm(dim=-1, keepdim=True)).clamp(max=1))

@@ -82,6 +82,12 @@ class Config:
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
     heads: int = option(4, "Attention heads of gat, gatv2, transformer and hybrid, which share the hidden channels.", 1)
+    lipschitz: float | None = option(
+        None, "Models gat and gatv2: bound of how fast attention scores change with a node's row. [default: none]", 0
+    )
+    align: bool = option(
+        False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
+    )
     dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
     optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
@@ -114,6 +120,8 @@ class Config:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
         if self.model in ATTENTIONS and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
+        if self.lipschitz is not None and (self.model not in ("gat", "gatv2", "hybrid") or self.lipschitz <= 0):
+            raise InputError(f"--lipschitz {self.lipschitz} is for --model gat, and must be above 0; leave it out")
         self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:

@@ -46,6 +46,7 @@ def convert(
     codec: str | Codec | None = None,
     input: str = "auto",
     grad: bool | None = None,
+    align: bool = False,
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
@@ -74,6 +75,8 @@ def convert(
             convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
+        align: whether stored rows follow the weights as the batch's own rows do (`vqgnn.alignment.align`). For fused
+            attention only and in place of a gradient store; the halo's rows are decoded, one layer at a time.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
@@ -98,6 +101,8 @@ def convert(
     default_codec, default_grad = METHODS[method]
     if default_codec is None and (codec is not None or grad):
         raise ValueError(f"codec={codec!r}, grad={grad!r}: method={method!r} keeps no state; leave them out")
+    if align and grad:
+        raise ValueError("align=True, grad=True: aligned rows take the place of a gradient store; give one of them")
     codec = default_codec if codec is None else Codec.parse(codec)
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
@@ -106,6 +111,8 @@ def convert(
     if isinstance(data, HeteroData):
         if place in ("host", "pinned"):
             raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
+        if align:
+            raise ValueError("align=True is for Data; leave it out with a HeteroData")
 
         def make_stores(wanted: list[tuple[object, str, dict]]) -> None:
             on = device_of(model, data.node_stores[0])
@@ -144,6 +151,12 @@ def convert(
             if not generic:
                 keep = default_grad and conv.fixed if grad is None else grad
                 if use.input is None:
+                    use.align = align
+                    if align and (codec is None or conv.fixed):
+                        raise ValueError(
+                            f"align=True is for attention that reads stored rows, not {type(conv).__name__} with "
+                            f"method={method!r}; leave it out"
+                        )
                     heads = conv.softmax_heads
                     wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
                     if keep and conv.query_channels:
@@ -179,7 +192,8 @@ def convert(
     graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        slices = conv.input_slices if use.input == "rows" or isinstance(conv, GenericConv) else "csr"
+        exact = use.input == "rows" or use.align or isinstance(conv, GenericConv)
+        slices = conv.input_slices if exact else "csr"
         graph.wanted[use.convolution, conv.input_product if use.input == "precompute" else slices] = None
     if fill and stores(model):
         on_disk = graph.folder is not None

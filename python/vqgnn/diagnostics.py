@@ -26,8 +26,8 @@ class LayerError:
 
     relative_error: eps = |X~ - X| / |X| over all nodes; of it quantisation alone, with fresh codes (or rows) of X:
         `quantisation`. The rest is staleness.
-    messages: |M~_B - M_B|, the error of the batch's messages; None of a conv that PyG's own code computes, and of an
-    attention whose queries do not follow from what is stored.
+    messages: |M~_B - M_B|, the error of the batch's messages, from rows aligned where the conv does; None of a conv
+        that PyG's own code computes, and of an attention whose queries do not follow from what is stored.
     bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None where C depends on X
         (attention): the constant is then a matter of how fast it changes.
 
@@ -108,7 +108,11 @@ def _layer_error(
     csr, csr_t = batch.graph.csr(convolution)
     source = exact[n_id]
     truth = conv.batch_messages(source, Neighbours(csr, Rows("fp32", exact), csr_t))[0]
-    read = conv.batch_messages(source, batch.graph.neighbours(store, convolution)._replace(grad_rows=None))[0]
+    neighbours = batch.graph.neighbours(store, convolution)._replace(grad_rows=None)
+    if conv.store_use.align:
+        read = conv.aligned_messages(source, None, batch.graph, neighbours)[0]
+    else:
+        read = conv.batch_messages(source, neighbours)[0]
     norm = _norm(graph, convolution).to(exact.device) if conv.fixed else None
     bound = float(error * norm * scale) if conv.fixed else None
     of_states = (name, float(error), float(quantisation), float((read - truth).norm()), bound)

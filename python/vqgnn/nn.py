@@ -17,6 +17,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor
 from .attention import GATConv as GATConv
 from .attention import GATv2Conv as GATv2Conv
 from .attention import TransformerConv as TransformerConv
+from .attention import limit_attention as limit_attention
 from .chebyshev import ChebConv as ChebConv
 from .global_attention import GlobalAttention as GlobalAttention
 from .graph import Convolution

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vqgnn_kernels import aggregate
+from vqgnn_kernels import aggregate, pull_rows
 
+from .alignment import align
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
 
@@ -20,15 +21,17 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. reads: of the
-    whole model, stores whose rows take time to come, so that the first conv asks for all of them. queries: where
-    gradients are kept, the queries of an attention whose `query_channels` are not 0.
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. align: the
+    halo's rows follow the present weights (`align`). reads: of the whole model, stores whose rows take time to come, so
+    that the first conv asks for all of them. queries: where gradients are kept, the queries of an attention whose
+    `query_channels` are not 0.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
     whole: bool = False
+    align: bool = False
     reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
     queries: NodeStore | None = None
 
@@ -38,7 +41,7 @@ class StoreUse:
             return {"precompute": "C x, computed once", "rows": "features"}[self.input]
         if self.store is None:
             return "none: batches are the graph" if self.whole else "none: dropped"
-        return f"{self.store.codec}, with gradients" if self.store.grad else str(self.store.codec)
+        return str(self.store.codec) + ", with gradients" * self.store.grad + ", aligned" * self.align
 
 
 class StoreConv:
@@ -117,11 +120,27 @@ class StoreConv:
             neighbours, asked = _stored(graph, use)
         else:
             neighbours, asked = graph.neighbours(store, use.convolution), _stored_queries(graph, use)
-        messages, lse = self.batch_messages(source, neighbours, query if asked is None else torch.cat([query, asked]))
+        if use.align:
+            messages, lse = self.aligned_messages(source, query, graph, neighbours)
+        else:
+            query_all = query if asked is None else torch.cat([query, asked])
+            messages, lse = self.batch_messages(source, neighbours, query_all)
         if self.training:
             n_id = graph.n_id if store.in_place else graph.origin.n_id
             self._record(n_id, source, query, messages, lse)
         return messages
+
+    def aligned_messages(
+        self, source: Tensor, query: Tensor | None, graph: BatchGraph, neighbours: Neighbours
+    ) -> tuple[Tensor, Tensor | None]:
+        """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows.
+
+        Before the batch's rows are pushed: what is stored of them says how rows have moved.
+        """
+        csr, csr_t, _ = graph.bipartite(self.store_use.convolution)
+        halo = pull_rows(neighbours.rows, neighbours.csr.halo, source.size(1))
+        halo = align(halo, _own_rows(graph, self.store_use.store), source)
+        return self.batch_messages(torch.cat([source, halo]), Neighbours(csr, None, csr_t), query)
 
     def _record(self, n_id: Tensor, x: Tensor, query: Tensor | None, messages: Tensor, lse: Tensor | None) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
@@ -163,6 +182,16 @@ class StoreConv:
         for store in self.stores().values():
             store._apply(fn, *args, **kwargs)
         return self
+
+
+def _own_rows(graph: BatchGraph, store: NodeStore) -> Tensor:
+    """[b, f] the batch's own rows as they were stored, before this step's push."""
+    return store.pull(graph.n_id) if store.in_place else _fetched(graph, store)
+
+
+@torch.compiler.disable
+def _fetched(graph: BatchGraph, store: NodeStore) -> Tensor:
+    return store.pull(graph.origin.n_id)
 
 
 @torch.compiler.disable  # transfers are no part of a graph

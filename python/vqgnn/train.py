@@ -30,6 +30,7 @@ from .disk_graph import MappedData
 from .graph import BatchGraph
 from .inference import estimate_norms, layerwise, warmup
 from .models import Cheb, Hybrid, Transformer
+from .nn import limit_attention
 from .partitioning import cache_folder
 from .places import choose
 from .runs import Run
@@ -174,7 +175,7 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
-                options |= {"place": config.place, "folder": folder}
+                options |= {"place": config.place, "folder": folder, "align": config.align}
                 options["grad"] = {"auto": None, "on": True, "off": False}[config.grad]
                 if config.method == "vq":
                     options["whiten"] = config.whiten
@@ -310,6 +311,8 @@ class Trainer:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            if self.config.lipschitz is not None:
+                limit_attention(self.model, self.config.lipschitz)
             self.averaged.update_parameters(self.model)
             total += loss_sum.detach().double()  # stays on the device: reading it here would stall every step
             if bar is not None:
