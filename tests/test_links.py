@@ -216,6 +216,13 @@ def test_every_method_trains(options):
     assert trainer.best["epoch"] == 4 and trainer.predict().shape == (300, 8)
 
 
+def test_gradients_of_vq_are_asked_for():
+    """A node is in several batches an epoch, whose gradients are not the node's."""
+    for options, grad in (({}, False), ({"grad": "on"}, True), ({"method": "lmc"}, True)):
+        (store,) = make(**{"method": "vq", **options}).stores.values()
+        assert store.grad == grad
+
+
 @pytest.fixture
 def ring(tmp_path):
     """Files of a ring of 200 nodes, each joined to the next three, and of links with negatives of their own."""

@@ -63,7 +63,8 @@ class Config:
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
     grad: Literal["auto", "on", "off"] = option(
         "auto",
-        "Whether gradients of nodes outside a batch are kept and added; 'auto': as method and conv want.",
+        "Whether gradients of nodes outside a batch are kept and added; 'auto': as method and conv want, not by vq for "
+        "--task link.",
     )
     whiten: bool = option(True, "Whether codebooks whiten channels before the search for the nearest codeword.")
     refresh_every: int = option(0, "Epochs between exact sweeps that write all node states anew; 0: none.", 0)

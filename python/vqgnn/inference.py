@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def layerwise(
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
-        batch_size: nodes at a time, default 32,768. All of them at once where the model's own code takes statistics
+        batch_size: nodes at a time, default 32,768, with method "vq" a tenth of the nodes at most: a batch's own rows
+            are exact. All of them at once where the model's own code takes statistics
             over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the whole graph's.
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
@@ -184,7 +186,9 @@ class _Sweep:
     def run(self, model: nn.Module) -> Tensor | None:
         graph = self.graph
         self.device = device_of(model, graph)
-        batch_size, n = self.batch_size or _BATCH, graph.num_nodes
+        n = graph.num_nodes
+        # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
+        batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
         num_convs, self.chain, splits = self._structure(model)
         self.chain &= not self.quantise
         if batch_size < n and not splits:
