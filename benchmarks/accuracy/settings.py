@@ -77,7 +77,10 @@ def _ours(label: str, method: str, sampler: str = "node", **options: Any) -> Met
 CODEC = "pq:d=4,k=256"
 METHODS = {
     "full": Method("full batch", (("method", "full"),), epochs=None),
+    "full-rmsprop": Method("full batch, RMSprop", (("method", "full"), ("optimizer", "rmsprop")), epochs=None),
     "vq": _ours("ours: vq, random nodes", "vq", codec=CODEC),
+    "vq-forward": _ours("ours: vq, random nodes, no gradients", "vq", codec=CODEC, grad="off"),
+    "vq-rmsprop": _ours("ours: vq, random nodes, RMSprop", "vq", codec=CODEC, optimizer="rmsprop"),
     "vq-cluster": _ours("ours: vq, clusters", "vq", "cluster", codec=CODEC),
     "gas": _ours("GAS, fp32 rows, clusters", "gas", "cluster"),
     "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster"),
