@@ -281,7 +281,7 @@ def test_one_conv_behind_an_encoder_is_filled(data):
 
 
 @pytest.mark.parametrize("nodes", [30, 40])
-@pytest.mark.parametrize("conv", ["APPNP", "ARMAConv", "GATv2Conv"])
+@pytest.mark.parametrize("conv", ["APPNP", "ARMAConv", "AGNNConv"])
 def test_of_another_graph_a_conv_makes_its_edges_anew(conv, nodes, data):
     model = conv_table.CONVS[conv]()
     other = awkward_graph(num_nodes=nodes, seed=1)

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -321,6 +322,7 @@ def test_stale_inference_needs_a_store():
 def test_memory_counters():
     if memory.resident() is None:
         pytest.skip("no /proc")
+    gc.collect()  # what earlier tests left must not be given back in between
     memory.reset_peak()
     before = memory.peak()
     block = torch.ones(16_000_000)  # over 32 MiB: malloc takes it fresh from the system, whatever was freed before
