@@ -1,4 +1,6 @@
-"""Convs and what must hold for each: the tests run every cell, and `python tests/conv_table.py` prints the table.
+"""Convs and what must hold for each: the tests run cells, and `python tests/conv_table.py` prints the table.
+
+README.md has that table; `--check README.md` tells what of it no longer holds, and the tests do for the cells they run.
 
 A cell is a function of a conv's builder and of data that raises AssertionError where it does not hold, and returns what
 the table shows. Models are as small as a mistake in them would still show.
@@ -6,8 +8,10 @@ the table shows. Models are as small as a mistake in them would still show.
 
 import argparse
 import copy
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +112,7 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "GATConv": lambda: Model(lambda i, o: pyg.GATConv(i, o, heads=2, concat=False)),
     "GATv2Conv": lambda: Model(lambda i, o: pyg.GATv2Conv(i, o, heads=2, concat=False)),
     "TransformerConv": lambda: Model(lambda i, o: pyg.TransformerConv(i, o, heads=2, concat=False, beta=True)),
+    "AGNNConv": lambda: Predicting(pyg.AGNNConv()),
     "PNAConv": lambda: Model(
         lambda i, o: pyg.PNAConv(i, o, ["mean", "max", "std"], ["identity", "amplification"], _DEGREES)
     ),
@@ -280,27 +285,72 @@ def cell(conv: str, check: str) -> str:
     return CHECKS[check](CONVS[conv](), awkward_graph())
 
 
+def path(conv: str) -> str:
+    data = awkward_graph()
+    return vqgnn.paths(vqgnn.convert(CONVS[conv](), data, method="drop"))[0].path
+
+
+def row(conv: str) -> dict[str, str]:
+    """By column: the conv, its path, and what every check found (or the error that it raised)."""
+    found = {"conv": conv, "path": path(conv)}
+    for check in CHECKS:
+        try:
+            found[check] = cell(conv, check)
+        except Exception as error:
+            found[check] = f"**{type(error).__name__}**"
+    return found
+
+
 def table(convs: list[str]) -> str:
-    """Markdown: a row a conv, its path, and what every check found (or the error that it raised)."""
-    rows = [["conv", "path", *CHECKS], ["---"] * (2 + len(CHECKS))]
+    """The rows as markdown."""
+    columns = ["conv", "path", *CHECKS]
+    rows = [columns, ["---"] * len(columns), *(list(row(conv).values()) for conv in convs)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def read(text: str) -> dict[str, dict[str, str]]:
+    """By conv, the rows of the table in a markdown text."""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head = ["conv", "path", *CHECKS]
+    if head not in cells:
+        raise ValueError(f"no table with the columns {', '.join(head)}; print one without --check")
+    found = {}
+    for line in cells[cells.index(head) + 2 :]:
+        if len(line) != len(head):
+            break
+        found[line[0]] = dict(zip(head, line, strict=True))
+    return found
+
+
+def verdict(text: str) -> str:
+    """What a cell says, whatever its figures: they depend on the machine and on torch."""
+    return re.sub(r"\d+(\.\d+)?", "#", text)
+
+
+def differences(text: str, convs: list[str]) -> list[str]:
+    """Cells of the table in a markdown text that say something else than what is found now."""
+    known, lines = read(text), []
+    lines += [f"{conv}: a row of the table, but no conv of conv_table.py" for conv in known.keys() - CONVS.keys()]
     for conv in convs:
-        data = awkward_graph()
-        path = vqgnn.paths(vqgnn.convert(CONVS[conv](), data, method="drop"))[0].path
-        row = [conv, path]
-        for check in CHECKS:
-            try:
-                row.append(cell(conv, check))
-            except Exception as error:
-                row.append(f"**{type(error).__name__}**")
-        rows.append(row)
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        if conv not in known:
+            lines.append(f"{conv}: has no row")
+            continue
+        for column, value in row(conv).items():
+            if verdict(value) != verdict(known[conv][column]):
+                lines.append(f"{conv}, {column}: {value!r}, and the table has {known[conv][column]!r}")
+    return lines
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("convs", nargs="*", metavar="CONV", help=f"of {', '.join(CONVS)}; default: all")
-    chosen = parser.parse_args().convs
-    unknown = sorted(set(chosen) - set(CONVS))
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with the table in FILE instead")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.convs) - set(CONVS))
     if unknown:
         sys.exit(f"unknown: {', '.join(unknown)}; choose from {', '.join(CONVS)}")
-    sys.stdout.write(table(chosen or list(CONVS)))
+    chosen = arguments.convs or list(CONVS)
+    if arguments.check is None:
+        sys.stdout.write(table(chosen))
+    elif wrong := differences(arguments.check.read_text(), chosen):
+        sys.exit("\n".join(wrong))

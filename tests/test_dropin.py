@@ -1,7 +1,6 @@
 """Models as PyG publishes them, converted by one call: they train, and exact inference is PyG's full-graph output."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -227,49 +226,6 @@ def test_edge_tensors_that_a_conv_cannot_take_are_named(data):
     data.edge_attr = torch.randn(data.num_edges, 2)
     with pytest.raises(ValueError, match=r"GENConv.*given data\.edge_attr.*delete it from data if the model does not"):
         vqgnn.convert(DeeperGCN(), data)
-
-
-# ---- as any module ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["GCN", "GAT"])
-def test_a_saved_fused_model_goes_on(name, method, data):
-    model = vqgnn.convert(MODELS[name](), data, method=method, **METHODS[method]).eval()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    other = torch.load(file, weights_only=False)
-    batch = one_batch(data)
-    torch.testing.assert_close(other(batch.x, batch.graph), model(batch.x, batch.graph))
-    before = [int(store.step) for store in vqgnn.stores(model).values()]
-    other.train()(batch.x, batch.graph).sum().backward()
-    assert [int(store.step) for store in vqgnn.stores(model).values()] == before
-    assert [int(store.step) for store in vqgnn.stores(other).values()] == [step + 1 for step in before]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GIN", "GAT", "EdgeCNN"])
-def test_a_half_model_trains_with_its_state_in_fp32(name, dtype, data):
-    def forward(model, batch):
-        return model(batch.x.to(dtype), batch.graph)
-
-    model = MODELS[name]()
-    exact = vqgnn.convert(copy.deepcopy(model), data, method="lmc", grad=True).eval()
-    vqgnn.convert(model.to(dtype), data, method="lmc", grad=True, forward=forward).eval()
-    batch = one_batch(data)
-    loss = F.cross_entropy(forward(model, batch).float(), batch.y)
-    expected = F.cross_entropy(exact(batch.x, batch.graph), batch.y)
-    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
-    model.train()
-    loss = F.cross_entropy(forward(model, batch).float(), batch.y)
-    loss.backward()
-    before = copy.deepcopy(model.state_dict())
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert all(p.dtype == dtype and torch.isfinite(p).all() for p in model.parameters())
-    floats = [b for s in vqgnn.stores(model).values() for b in s.buffers() if b.is_floating_point()]
-    assert floats and all(b.dtype == torch.float32 for b in floats)
 
 
 @pytest.mark.parametrize("first", ["convert", "compile"])

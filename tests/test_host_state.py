@@ -55,7 +55,7 @@ def trained(name, data, method, place, folder, grad=None, move=False, input="aut
 @pytest.mark.parametrize("place", ["host", "disk"])
 @pytest.mark.parametrize("move", [False, True], ids=["", "moved"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
-@pytest.mark.parametrize("name", ["gcn", "sage", "gat"])
+@pytest.mark.parametrize("name", ["gcn", "sage", "gat", "gatv2", "gatv2-shared", "cheb"])
 def test_training_is_the_same_wherever_state_and_graph_lie(name, method, move, place, data, tmp_path):
     grad = None if method == "gas" else True
     expected = trained(name, data, method, "device", tmp_path, grad)
@@ -68,7 +68,7 @@ def test_training_is_the_same_wherever_state_and_graph_lie(name, method, move, p
 
 @pytest.mark.parametrize("method", ["drop", "lmc"])
 @pytest.mark.parametrize("input", ["rows", "codes"])
-@pytest.mark.parametrize("name", ["sage", "gat"])
+@pytest.mark.parametrize("name", ["sage", "gat", "cheb"])
 def test_moved_batches_have_every_input(name, input, method, data, tmp_path):
     options = {"method": method, "folder": tmp_path, "input": input}
     expected = trained(name, data, place="device", **options)

@@ -155,6 +155,8 @@ def test_vq_reads_neighbours_through_the_codebook(data):
         x[start : start + 8] = hidden[start : start + 8]  # a batch's own rows are exact
         seen.append(model.convs[1](x, data.edge_index)[start : start + 8])
     torch.testing.assert_close(layerwise(model, data, 8, method="vq"), torch.cat(seen).detach(), atol=1e-5, rtol=1e-5)
+    tenth = layerwise(model, data, 4, method="vq")  # of one batch, the graph, nothing would be read from codes
+    torch.testing.assert_close(layerwise(model, data, method="vq"), tenth)
     with pytest.raises(ValueError, match="method='vq' needs a model converted with method='vq'"):
         layerwise(vqgnn.convert(model, data, method="gas"), data, method="vq")
 

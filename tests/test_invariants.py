@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,18 @@ from torch_geometric.utils import to_dense_adj
 
 import vqgnn
 from vqgnn.graph import Graph
+from vqgnn.models import Cheb, Transformer
+from vqgnn.store_conv import StoreConv
 from vqgnn_kernels import CSR, aggregate
 
 FIXED = {"gcn": models.GCN, "sage": models.GraphSAGE, "gin": models.GIN}  # convolutions
-MODELS = {**FIXED, "gat": models.GAT}
+ATTENTIONS = {
+    "gat": models.GAT,
+    "gatv2": partial(models.GAT, v2=True),
+    "gatv2-shared": partial(models.GAT, v2=True, share_weights=True),
+    "transformer": partial(Transformer, beta=True),
+}
+MODELS = {**FIXED, **ATTENTIONS, "cheb": Cheb}
 METHODS = ("vq", "gas", "lmc", "drop", "full")
 LAYERS, HIDDEN, CLASSES = 3, 10, 4
 
@@ -27,13 +36,18 @@ def data(request):
 
 def build(name, data, **options):
     options = {"norm": None, "dropout": 0.0, **options}
-    if name == "gat":
+    if name in ATTENTIONS:
         options["heads"] = 2
     return MODELS[name](data.num_features, HIDDEN, LAYERS, CLASSES, **options)
 
 
 def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
+
+
+def depth(model):
+    """How many times a converted model asks neighbours."""
+    return sum(isinstance(module, StoreConv) for module in model.modules())
 
 
 def sum_loss(out, y):
@@ -65,7 +79,7 @@ def test_2_frozen_weights_reach_the_full_output(name, method, data):
     vqgnn.convert(model, data, method=method, codec="fp32", fill=False)
     loader = vqgnn.BatchLoader(data, batch_size=11, seed=1)
     first = None
-    for _ in range(LAYERS):  # the store's last layer is right one sweep after the layer below it
+    for _ in range(depth(model)):  # the store's last layer is right one sweep after the layer below it
         for batch in loader:
             out = model(batch.x, batch.graph)
             first = (out - expected[batch.n_id]).abs().max() if first is None else first
@@ -84,7 +98,7 @@ def test_3_batch_gradients_add_up_to_the_full_gradient(name, data):
 
     def epoch_gradient(method):
         vqgnn.convert(model, data, method=method, codec="fp32", grad=method == "lmc")
-        for _ in range(2 * LAYERS):  # states settle upwards, then gradients downwards
+        for _ in range(2 * depth(model)):  # states settle upwards, then gradients downwards
             model.zero_grad()
             for batch in loader:
                 sum_loss(model(batch.x, batch.graph), batch.y).backward()
@@ -167,7 +181,7 @@ def train(model, optimizer, data, epochs):
     return losses
 
 
-@pytest.mark.parametrize("name", ["gcn", "gat"])
+@pytest.mark.parametrize("name", ["gcn", "gat", "gatv2"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
 def test_7_resumed_training_goes_on_bit_for_bit(name, method, data, tmp_path):
     codec = "pq:d=4,k=8" if method == "vq" else "int8"

@@ -12,7 +12,7 @@ from vqgnn import LinkLoader, datasets
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
 from vqgnn.link_splits import given_split, random_split
-from vqgnn.links import LinkModel, hits
+from vqgnn.links import LinkModel, hits, mrr, recall
 from vqgnn.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -43,7 +43,7 @@ def test_random_split_holds_out_whole_pairs():
         assert negatives.shape == (2, 100_000) and not pairs_of(negatives) & pairs_of(edges)
         assert (negatives[0] != negatives[1]).all()
     again = random_split(edges, 100, seed=0)[1]
-    assert all(torch.equal(value, getattr(again, name)) for name, value in vars(links).items())
+    assert all(torch.equal(value, getattr(again, name)) for name, value in links.tensors().items())
     assert pairs_of(random_split(edges, 100, seed=1)[1].test) != test
 
 
@@ -85,6 +85,42 @@ def test_given_splits_that_do_not_fit(changes, message):
         given_split("file", split_file(**changes), EDGES, 5)
 
 
+USERS, ITEMS = 3, 4
+BOUGHT = np.array([[0, 0, 1, 1, 2], [3, 4, 4, 5, 6]])
+
+
+def recommender_file(**changes):
+    arrays = {"num_users": np.int64(USERS), "test_pos": np.array([[0, 2], [6, 3]])} | changes
+    return {key: value for key, value in arrays.items() if value is not None}
+
+
+def test_split_of_a_recommender():
+    message, links = given_split("file", recommender_file(val_pos=np.array([[1], [3]])), BOUGHT, 7)
+    assert np.array_equal(message, BOUGHT) and np.array_equal(links.train, BOUGHT)
+    assert links.val.tolist() == [[1], [3]] and links.test.tolist() == [[0, 2], [6, 3]]
+    assert links.metrics == ("recall",) and links.destinations(7) == range(3, 7)
+    many = np.stack([np.arange(200) % USERS, USERS + np.arange(200) % ITEMS])
+    message, links = given_split("file", recommender_file(), many, 7, seed=1)
+    assert message.shape == (2, 190) and links.val.shape == (2, 10) and np.array_equal(message, links.train)
+    assert sorted(np.concatenate([message, links.val], 1).T.tolist()) == sorted(many.T.tolist())
+    other = given_split("file", recommender_file(), many, 7, seed=2)[1]
+    assert not torch.equal(links.val, other.val)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_users": None}, "lacks num_users"),
+        ({"test_pos": np.array([[0], [7]])}, r"test_pos .* integers 0\.\.6"),
+        ({"test_pos": np.array([[3], [6]])}, r"test_pos .* from users 0\.\.2 to items 3"),
+        ({"num_users": np.int64(4)}, r"the graph's edges .* from users 0\.\.3 to items 4"),
+    ],
+)
+def test_recommenders_that_do_not_fit(changes, message):
+    with pytest.raises(InputError, match=message):
+        given_split("file", recommender_file(**changes), BOUGHT, 7)
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_batches_have_each_edge_once(prefetch):
     data = awkward_graph()
@@ -106,6 +142,19 @@ def test_batches_have_each_edge_once(prefetch):
     assert torch.equal(next(iter(loader)).n_id, next(iter(LinkLoader(data, edges, batch_size=40))).n_id)
 
 
+def test_drawn_pairs_with_the_edges_sources():
+    data = awkward_graph()
+    edges = data.edge_index[:, data.edge_index[0] < 30]
+    loader = LinkLoader(data, edges, batch_size=30, destinations=range(30, 40))
+    assert len(loader) == -(-3 * edges.size(1) // 30)
+    met = set()
+    for batch in loader:
+        (source, _), (again, drawn) = (part.tolist() for part in batch.n_id[batch.pairs].chunk(2, 1))
+        assert source == again and batch.n_id.numel() <= 30
+        met |= set(drawn)
+    assert met == set(range(30, 40))
+
+
 def test_whole_graph_batch():
     data = awkward_graph()
     (batch,) = LinkLoader(data, data.edge_index, whole=True)
@@ -117,6 +166,30 @@ def test_hits_against_hand_counts():
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 1) == 0.25  # above 0.9; a tie is no hit
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 2) == 0.75
     assert hits(torch.tensor([0.0]), negative, 5) == 1.0
+
+
+def test_mrr_against_hand_counts():
+    negative = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.2, 0.3], [0.4, 0.4, 0.9]])
+    # ranks 2, 1, and between 2 and 4: two are level
+    assert mrr(torch.tensor([0.6, 0.7, 0.4]), negative) == pytest.approx((1 / 2 + 1 + 1 / 3) / 3)
+
+
+@pytest.mark.parametrize("scores", [1, 40, 2**25])
+def test_recall_against_a_slow_count(scores, monkeypatch):
+    monkeypatch.setattr("vqgnn.links._SCORES", scores)
+    users, items, k = 12, 17, 5
+    z = torch.randn(users + items, 4)
+    every = torch.cartesian_prod(torch.arange(users), torch.arange(users, users + items)).t()
+    drawn = every[:, torch.randperm(every.size(1))]
+    drawn = drawn[:, drawn[0] != 3]  # a user without an edge
+    pairs, met = drawn[:, :40], drawn[:, 40:90]
+    shares = []
+    for user in pairs[0].unique().tolist():
+        wanted, known = ({b for a, b in edges.t().tolist() if a == user} for edges in (pairs, met))
+        ranked = sorted(set(range(users, users + items)) - known, key=lambda item: -float(z[user] @ z[item]))
+        shares.append(len(wanted & set(ranked[:k])) / len(wanted))
+    assert 0 < sum(shares) < len(shares)
+    assert recall(z, pairs, met, users, k) == pytest.approx(sum(shares) / len(shares))
 
 
 @pytest.mark.parametrize("head", ["dot", "mlp"])
@@ -141,6 +214,66 @@ def test_every_method_trains(options):
     scores = trainer.evaluate()
     assert losses[-1] < losses[0] and scores.keys() >= {"val_hits", "test_hits"}
     assert trainer.best["epoch"] == 4 and trainer.predict().shape == (300, 8)
+
+
+def test_gradients_of_vq_are_asked_for():
+    """A node is in several batches an epoch, whose gradients are not the node's."""
+    for options, grad in (({}, False), ({"grad": "on"}, True), ({"method": "lmc"}, True)):
+        (store,) = make(**{"method": "vq", **options}).stores.values()
+        assert store.grad == grad
+
+
+@pytest.fixture
+def ring(tmp_path):
+    """Files of a ring of 200 nodes, each joined to the next three, and of links with negatives of their own."""
+    source = np.arange(200).repeat(3)
+    edges = np.stack([source, (source + np.tile([1, 2, 3], 200)) % 200])
+    np.savez(tmp_path / "ring.npz", edge_index=edges, num_nodes=200)
+    order = np.random.default_rng(0).permutation(600)
+    parts = {"val": order[:40], "test": order[40:80], "train": order[80:]}
+    far = {f"{k}_neg_dst": (edges[0, parts[k]][:, None] + np.arange(20, 180, 16)) % 200 for k in ("val", "test")}
+    np.savez(tmp_path / "links.npz", **{f"{k}_edge_id": ids for k, ids in parts.items()}, **far)
+    return {"dataset": str(tmp_path / "ring.npz"), "links": str(tmp_path / "links.npz"), "batch_size": 150}
+
+
+@pytest.mark.parametrize("method", ["vq", "full"])
+def test_mrr_by_a_learnt_embedding(method, ring):
+    """Nothing but who is joined to whom tells nodes apart."""
+    codec = "pq:d=4,k=32" if method == "vq" else None
+    more = {"features": "learned:8", "metric": "mrr", "method": method, "codec": codec, "model": "sage"}
+    trainer = make(**ring, **more, lr=0.05, dropout=0.0, average=0.5, schedule="constant")
+    start = trainer.model.gnn.embedding.weight.detach().clone()
+    if method == "vq":  # the first conv's input is learnt, so it has a store too
+        assert list(trainer.stores) == ["gnn.gnn.convs.0", "gnn.gnn.convs.1"]
+    for _ in range(6 if method == "vq" else 60):
+        trainer.train_epoch()
+    scores = trainer.evaluate()
+    assert scores.keys() >= {"val_mrr", "test_mrr", "val_hits", "test_hits"} and trainer.task.metric == "mrr"
+    assert scores["test_mrr"] > 0.6  # drawn scores: 0.27
+    assert not torch.isclose(trainer.model.gnn.embedding.weight, start).all(1).any()
+    with pytest.raises(InputError, match="no learnt embedding"):
+        trainer.predict_new(torch.randn(1, 8), torch.tensor([[0], [200]]))
+
+
+def test_a_recommender(tmp_path, capsys):
+    """Users of two tastes; each half of the items is one's."""
+    rng = np.random.default_rng(0)
+    users = np.arange(60)
+    taste = np.stack([users.repeat(50), 60 + 50 * (users.repeat(50) % 2) + np.tile(np.arange(50), 60)])
+    bought = rng.random(taste.shape[1]) < 0.4
+    wanted = ~bought & (rng.random(taste.shape[1]) < 0.3)
+    path, out = tmp_path / "shop.npz", str(tmp_path / "run")
+    np.savez(path, edge_index=taste[:, bought], test_pos=taste[:, wanted], num_users=60, num_nodes=160)
+    small = ["--hidden", "8", "--layers", "2", "--threads", "1", "--epochs", "6", "--batch-size", "400", "--lr", "0.05"]
+    command = ["train", "--dataset", str(path), "--task", "link", "--links", str(path), "--dropout", "0"]
+    assert main([*command, "--features", "learned:8", "--codec", "pq:d=4,k=16", *small, "--out", out]) == 0
+    assert "test Recall@20" in capsys.readouterr().out
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = max(epochs, key=lambda epoch: epoch["val_recall"])
+    # 20 of the 30 items of a user's taste that are left; drawn: 20 of 80 items
+    assert best["test_recall"] > 0.5
+    assert main(["train", "--resume", "--out", out]) == 0 and main(["evaluate", out]) == 0
+    assert f"{best['test_recall']:.4f}" in capsys.readouterr().out
 
 
 def test_command(tmp_path, capsys):
@@ -177,11 +310,34 @@ def test_command(tmp_path, capsys):
         ({"sampler": "cluster"}, "--sampler cluster is not for --task link"),
         ({"inductive": True}, "--inductive True is not for --task link"),
         ({"task": "node", "links": "file.npz"}, "is for --task link only"),
+        ({"task": "node", "metric": "mrr"}, "--metric mrr is not for --task node; use one of auto, auc"),
+        ({"metric": "auc"}, "--metric auc is not for --task link; use one of auto, hits, mrr, recall"),
+        ({"features": "learned:x"}, "must be learned:D with D >= 1"),
+        ({"features": "learned:8", "model": "mlp"}, "--features learned:8 and --model mlp exclude each other"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(InputError, match=message):
         Config(**(SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "mrr"}, r"--metric mrr needs --links with negatives .*; these links have hits"),
+        ({"metric": "recall"}, r"--metric recall needs --links of a recommender"),
+    ],
+)
+def test_scores_that_the_links_do_not_give(options, message):
+    with pytest.raises(InputError, match=message):
+        make(**options)
+
+
+def test_a_recommender_ranks_by_inner_products():
+    dataset = datasets.of_config(Config(**SMALL))
+    links = dataclasses.replace(dataset.links, num_users=100)
+    with pytest.raises(InputError, match="--head mlp cannot rank all items"):
+        make(dataclasses.replace(dataset, links=links), head="mlp")
 
 
 def test_citations(shared_data):

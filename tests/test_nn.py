@@ -39,6 +39,18 @@ CONVS = {
     "gat-no-loops": lambda m: m.GATConv(F_IN, F_OUT, heads=2, add_self_loops=False),
     "gat-residual": lambda m: m.GATConv(F_IN, F_OUT, heads=2, residual=True),
     "gat-no-bias": lambda m: m.GATConv(F_IN, F_OUT, heads=2, bias=False),
+    "gatv2": lambda m: m.GATv2Conv(F_IN, F_OUT),
+    "gatv2-mean": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=3, concat=False, negative_slope=0.5),
+    "gatv2-shared": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=2, share_weights=True, bias=False),
+    "gatv2-residual": lambda m: m.GATv2Conv(F_IN, F_OUT, heads=2, residual=True, add_self_loops=False),
+    "transformer": lambda m: m.TransformerConv(F_IN, F_OUT),
+    "transformer-heads": lambda m: m.TransformerConv(F_IN, F_OUT, heads=3, bias=False),
+    "transformer-mean": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, concat=False, beta=True),
+    "transformer-beta": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, beta=True),
+    "transformer-no-root": lambda m: m.TransformerConv(F_IN, F_OUT, heads=2, root_weight=False, beta=True),
+    "cheb": lambda m: m.ChebConv(F_IN, F_OUT, K=4),
+    "cheb-rw": lambda m: m.ChebConv(F_IN, F_OUT, K=2, normalization="rw", bias=False),
+    "cheb-not-normalised": lambda m: m.ChebConv(F_IN, F_OUT, K=3, normalization=None),
 }
 every_conv = pytest.mark.parametrize("name", CONVS)
 every_graph = pytest.mark.parametrize(
@@ -78,7 +90,7 @@ def run(conv, x, *graph):
 
 
 def graph_arguments(data, name):
-    weighted = name.startswith("gcn") and "edge_weight" in data
+    weighted = name.startswith(("gcn", "cheb")) and "edge_weight" in data
     return (data.edge_index, data.edge_weight) if weighted else (data.edge_index,)
 
 
@@ -229,7 +241,34 @@ def test_dropped_out_features_read_their_halo_exactly(option):
     torch.testing.assert_close(out, theirs(data.x, data.edge_index)[n_id], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gcn", "sage", "gin"])
+def test_later_hops_read_their_halo_exactly_too():
+    """Of dropped out features, whose own terms are the batch's affair."""
+    data = awkward_graph()
+    theirs, conv = pair("cheb")
+    model = nn.Module()
+    model.conv = conv
+    model.forward = lambda x, graph: conv(nn.functional.dropout(x, 0.5, model.training), graph)
+    vqgnn.convert(model, data, method="vq")
+    assert not vqgnn.stores(model)
+    n_id, graph = batch_of(data, 12)
+    torch.manual_seed(3)
+    out = model.train()(graph.x, graph)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(data.x[n_id], 0.5)
+    (source, target), weight = theirs.__norm__(data.edge_index, N, None, "sym")
+    c = torch.zeros(N, N).index_put((target, source), weight, accumulate=True)
+    exact, mine = [data.x, c @ data.x], [dropped]
+    exact.append(2 * c @ exact[1] - exact[0])
+    for x in exact:
+        term = c[n_id] @ x.index_copy(0, n_id, mine[-1])
+        mine.append(term if len(mine) == 1 else 2 * term - mine[-2])
+    expected = sum(lin(x) for lin, x in zip(theirs.lins, mine, strict=True)) + theirs.bias
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    out = model.eval()(graph.x, graph)
+    torch.testing.assert_close(out, theirs(data.x, data.edge_index)[n_id], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "cheb"])
 def test_a_batch_graph_needs_convert(name):
     data = awkward_graph()
     _, conv = pair(name)
@@ -237,9 +276,10 @@ def test_a_batch_graph_needs_convert(name):
         conv(data.x, BatchGraph(Graph(data), torch.arange(N), data.x))
 
 
-def test_edge_weights_beside_a_batch_graph_are_refused():
+@pytest.mark.parametrize("build", [lambda: pyg.GCNConv(F_IN, F_OUT), lambda: pyg.ChebConv(F_IN, F_OUT, 3)])
+def test_edge_weights_beside_a_batch_graph_are_refused(build):
     data = awkward_graph()
-    conv = vqgnn.convert(pyg.GCNConv(F_IN, F_OUT), data, method="full")
+    conv = vqgnn.convert(build(), data, method="full")
     graph = BatchGraph(Graph.of(data), torch.arange(N), data.x)
     conv(data.x, graph, None)
     conv(data.x, graph, edge_weight=None)

@@ -1,8 +1,10 @@
 """New nodes: `new_nodes` against exact inference on the enlarged graph."""
 
+import conv_table
 import numpy as np
 import pytest
 import torch
+import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch_geometric.data import Data
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
@@ -12,8 +14,9 @@ import vqgnn
 from vqgnn import datasets, graph_writer, new_nodes, serving
 from vqgnn.cli import main
 from vqgnn.inference import layerwise
+from vqgnn.models import Cheb, Transformer
 
-MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT}
+MODELS = {"gcn": GCN, "sage": GraphSAGE, "gin": GIN, "gat": GAT, "transformer": Transformer}
 NEW, KNOWN = 9, 40
 
 
@@ -60,6 +63,49 @@ def test_degrees_are_those_of_the_enlarged_graph(name, new):
     )
 
 
+# Of Chebyshev's polynomials, a known node's state depends on how many edges leave it: that is another test's.
+GENERIC = [name for name in conv_table.CONVS if name not in ("GCNConv", "SAGEConv", "GINConv", "GATConv", "ChebConv")]
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_pygs_own_code_serves_new_nodes(name, new):
+    data = awkward_graph()
+    model = vqgnn.convert(conv_table.CONVS[name](), data, method="gas")
+    states = [store.pull() for store in vqgnn.stores(model).values()]
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=13)))
+    before = model.eval()(batch.x, batch.graph)
+    edges = [conv.survey.edges for conv in model.modules() if hasattr(conv, "survey")]
+    out = new_nodes(model, data, *new)
+    assert all(conv.survey.edges is edges.pop(0) for conv in model.modules() if hasattr(conv, "survey"))
+    torch.testing.assert_close(out, layerwise(model, enlarged(data, *new))[KNOWN:], atol=1e-5, rtol=1e-5)
+    for mine, its in zip(vqgnn.stores(model).values(), states, strict=True):
+        assert torch.equal(mine.pull(), its)
+    torch.testing.assert_close(model(batch.x, batch.graph), before)  # by the known graph's edges again
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [pyg.ARMAConv(6, 3), pyg.APPNP(K=1, alpha=0.1), pyg.GATv2Conv(6, 3), pyg.GraphConv(6, 3)],
+    ids=lambda conv: type(conv).__name__,
+)
+def test_pygs_own_code_knows_the_enlarged_graphs_degrees(conv, new):
+    data = awkward_graph()
+    x, edges = new
+    edges = torch.cat([edges, edges.flip(0)], 1).unique(dim=1)
+    vqgnn.convert(conv, data, method="gas")
+    torch.testing.assert_close(
+        new_nodes(conv, data, x, edges), layerwise(conv, enlarged(data, x, edges))[KNOWN:], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_edge_features_that_new_edges_lack_are_named(new):
+    data = awkward_graph()
+    data.edge_attr = torch.randn(data.num_edges, 3)
+    conv = vqgnn.convert(pyg.GATv2Conv(6, 3, edge_dim=3), data, method="gas")
+    with pytest.raises(ValueError, match=r"GATv2Conv takes data\.edge_attr, which new nodes' edges cannot have yet"):
+        new_nodes(conv, data, *new)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_codes_agree(name):
     data = awkward_graph(400, 1600)
@@ -100,11 +146,18 @@ def test_bad_input(x, edges, message):
         new_nodes(converted("gcn", data, method="gas"), data, x, edges)
 
 
+def test_convs_that_need_the_whole_graph_are_named(new):
+    data = awkward_graph()
+    with pytest.raises(ValueError, match="ChebHop reads more of the graph than a node's edges"):
+        new_nodes(vqgnn.convert(Cheb(6, 8, 2, 3), data), data, *new)
+
+
 @pytest.mark.parametrize("method", ["drop", "full"])
-def test_methods_without_states(method, new):
+@pytest.mark.parametrize("build", [lambda: GCN(6, 8, 3, 3), lambda: pyg.APPNP(K=2, alpha=0.1)], ids=["GCN", "APPNP"])
+def test_methods_without_states(build, method, new):
     data = awkward_graph()
     with pytest.raises(ValueError, match=r"no states of the known nodes.*vq, gas or lmc"):
-        new_nodes(converted("gcn", data, method=method), data, *new)
+        new_nodes(vqgnn.convert(build(), data, method=method), data, *new)
 
 
 def test_edges_of_a_graph_on_disk(tmp_path):
@@ -113,9 +166,11 @@ def test_edges_of_a_graph_on_disk(tmp_path):
         data[key] = torch.ones(KNOWN, dtype=torch.bool)
     saved = graph_writer.save(data, tmp_path / "graph", undirected=False)
     nodes = torch.tensor([0, 3, 17, 38, 39])
-    expected = coalesce(serving._edges_to(data, nodes))
-    assert expected.size(1) > 5
-    assert torch.equal(coalesce(serving._edges_to(saved, nodes)), expected)
+    found = coalesce(serving._edges_of(data, nodes))
+    assert torch.equal(found, coalesce(data.edge_index[:, torch.isin(data.edge_index, nodes).any(0)]))
+    expected = found[:, torch.isin(found[1], nodes)]
+    assert 5 < expected.size(1) < found.size(1)
+    assert torch.equal(coalesce(serving._edges_of(saved, nodes)), expected)
 
 
 # The command.

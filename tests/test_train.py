@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -52,7 +53,7 @@ def comparable(metrics):
     return [{k: v for k, v in epoch.items() if "seconds" not in k and "memory" not in k} for epoch in metrics]
 
 
-@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "mlp"])
+@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb", "mlp"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc", "drop", "full"])
 def test_every_model_and_method(model, method):
     if model == "mlp" and method != "vq":
@@ -62,6 +63,30 @@ def test_every_model_and_method(model, method):
     assert metrics["loss"] > 0 and 0 <= metrics["test_acc"] <= 1
     assert ("staleness" in metrics) == (method in ("vq", "gas", "lmc") and model != "mlp")
     assert ("perplexity" in metrics) == (method == "vq" and model != "mlp")
+
+
+def test_bounded_and_aligned_attention():
+    """--lipschitz holds after every step, and --align reaches the convs that read stored rows."""
+    trainer = make(model="gat", lipschitz=0.3, align=True)
+    trainer.train_epoch()
+    for conv in trainer.model.convs:
+        for vector in (conv.att_src, conv.att_dst):
+            assert float(vector.detach().norm(dim=-1).max()) <= 0.3 * (1 + 1e-5)
+    assert [conv.store_use.align for conv in trainer.model.convs] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lipschitz": 2.0}, "--lipschitz 2.0 is for --model gat"),
+        ({"model": "gat", "lipschitz": 0.0}, "must be above 0"),
+        ({"align": True}, "attention that reads stored rows, not GCNConv"),
+        ({"model": "gat", "method": "drop", "codec": None, "align": True}, "with method='drop'"),
+    ],
+)
+def test_attention_options_where_there_is_none(changes, words):
+    with pytest.raises(InputError, match=words):
+        make(**changes)
 
 
 def test_training_learns():
@@ -297,6 +322,7 @@ def test_stale_inference_needs_a_store():
 def test_memory_counters():
     if memory.resident() is None:
         pytest.skip("no /proc")
+    gc.collect()  # what earlier tests left must not be given back in between
     memory.reset_peak()
     before = memory.peak()
     block = torch.ones(16_000_000)  # over 32 MiB: malloc takes it fresh from the system, whatever was freed before

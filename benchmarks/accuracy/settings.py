@@ -192,7 +192,10 @@ ABLATIONS: dict[str, list[tuple[str, tuple[tuple[str, Any], ...]]]] = {
     "codewords K": [(str(k), (("codec", f"pq:d=4,k={k}"),)) for k in (64, 256, 1024, 4096)],
     "channels a branch d": [(str(d), (("codec", f"pq:d={d},k=256"),)) for d in (2, 4, 8)],
     "batches an epoch": [(f"{n} ({100 / n:.0f} %)", (("batches", n),)) for n in (20, 10, 5, 2)],
-    "sampler": [(name, (("sampler", name),)) for name in ("node", "cluster", "edge", "walk")],
+    "sampler": [
+        *((name, (("sampler", name),)) for name in ("node", "cluster", "edge", "walk")),
+        ("edge, no gradients", (("sampler", "edge"), ("grad", "off"))),
+    ],
     "whitening": [("on", ()), ("off", (("whiten", False),))],
     "gradient codewords": [("on", ()), ("off", (("grad", "off"),))],
     "averaged weights": [("on", ()), ("off", (("average", 0.0),))],
@@ -203,7 +206,11 @@ ABLATIONS: dict[str, list[tuple[str, tuple[tuple[str, Any], ...]]]] = {
         ("last weights", (("average", 0.0), ("schedule", "constant"))),
         ("last weights, statistics of an exact pass", (("average", 0.0), ("norms", "exact"), ("schedule", "constant"))),
     ],
-    "optimizer": [("Adam", ()), ("RMSprop", (("optimizer", "rmsprop"),))],
+    "optimizer": [
+        ("Adam", ()),
+        ("RMSprop", (("optimizer", "rmsprop"),)),
+        ("RMSprop, no gradients", (("optimizer", "rmsprop"), ("grad", "off"))),
+    ],
     "input layer": [("C X, exact", ()), ("codes", (("input", "codes"),))],
     "store": [
         ("vq, 32 bytes", ()),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import diagnostics, inference, nn
     from .codebook import Codebook
     from .conversion import convert, paths, stores
+    from .diffusion import gdc
     from .graph import BatchGraph, Convolution, Graph
     from .inference import warmup
     from .links import LinkLoader
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "NodeStore": "store",
     "convert": "conversion",
     "diagnostics": None,
+    "gdc": "diffusion",
     "inference": None,
     "new_nodes": "serving",
     "nn": None,
@@ -52,6 +54,7 @@ __all__ = [
     "NodeStore",
     "convert",
     "diagnostics",
+    "gdc",
     "inference",
     "new_nodes",
     "nn",

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-_RANDOM = "random:"
+_RANDOM, _LEARNED = "random:", "learned:"
+_METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
+ATTENTIONS = ("gat", "gatv2", "transformer", "hybrid")  # the models with heads
 
 
 class InputError(ValueError):
@@ -26,7 +28,9 @@ class Config:
     split: int = option(0, "Which split, where the data set has several.", 0)
     directed: bool = option(False, "Keep the edges' directions instead of making the graph undirected.")
     features: str | None = option(
-        None, "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node."
+        None,
+        "Use only these feature columns, FROM:TO, e.g. 80:200; or random:D, D fixed random numbers a node; or "
+        "learned:D, an embedding of D numbers a node that is learnt with the model.",
     )
     task: Literal["node", "link"] = option(
         "node", "Classify nodes, or predict edges: batches are the end points of edges and of pairs drawn at random."
@@ -39,10 +43,16 @@ class Config:
     inductive: bool = option(
         False, "Train on the training nodes and the edges between them alone, validate without the test nodes."
     )
-    metric: Literal["auto", "auc"] = option(
-        "auto", "Score: accuracy, with several labels micro-F1; or the area under the ROC curve."
+    metric: Literal["auto", "auc", "hits", "mrr", "recall"] = option(
+        "auto",
+        "Score: accuracy, with several labels micro-F1; or the area under the ROC curve. --task link: Hits@K, of a "
+        "recommender Recall@20; or the mean reciprocal rank.",
     )
-    model: Literal["gcn", "sage", "gin", "gat", "mlp"] = option("gcn", "Model; 'mlp' ignores the graph.")
+    model: Literal["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb", "mlp"] = option(
+        "gcn",
+        "Model; 'hybrid' is GAT beside attention to all nodes' codewords, 'cheb' has polynomials of 3 terms, 'mlp' "
+        "ignores the graph.",
+    )
     method: Literal["vq", "gas", "lmc", "drop", "full"] = option(
         "vq",
         "What a batch knows of the nodes outside it: codes, rows, rows and gradients, nothing; or the whole graph.",
@@ -53,7 +63,8 @@ class Config:
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
     grad: Literal["auto", "on", "off"] = option(
         "auto",
-        "Whether gradients of nodes outside a batch are kept and added; 'auto': as method and conv want.",
+        "Whether gradients of nodes outside a batch are kept and added; 'auto': as method and conv want, not by vq for "
+        "--task link.",
     )
     whiten: bool = option(True, "Whether codebooks whiten channels before the search for the nearest codeword.")
     refresh_every: int = option(0, "Epochs between exact sweeps that write all node states anew; 0: none.", 0)
@@ -71,8 +82,14 @@ class Config:
     parts: str | None = option(None, "P/Q: batches of Q out of P METIS clusters; implies --sampler cluster.")
     hidden: int = option(128, "Channels of the hidden layers.", 1)
     layers: int = option(3, "Layers.", 1)
-    heads: int = option(4, "Attention heads of --model gat, which share the hidden channels.", 1)
-    dropout: float = option(0.3, "Dropout after every hidden layer; gat: of attention weights too.", 0, 1)
+    heads: int = option(4, "Attention heads of gat, gatv2, transformer and hybrid, which share the hidden channels.", 1)
+    lipschitz: float | None = option(
+        None, "Models gat and gatv2: bound of how fast attention scores change with a node's row. [default: none]", 0
+    )
+    align: bool = option(
+        False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
+    )
+    dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
     optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
@@ -102,10 +119,11 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
-        if self.model == "gat" and self.hidden % self.heads:
+        if self.model in ATTENTIONS and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
-        self.columns()
-        self.random_features()
+        if self.lipschitz is not None and (self.model not in ("gat", "gatv2", "hybrid") or self.lipschitz <= 0):
+            raise InputError(f"--lipschitz {self.lipschitz} is for --model gat, and must be above 0; leave it out")
+        self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:
             if self.batch_size is not None:
@@ -122,10 +140,14 @@ class Config:
         if wants := {"exact": "", "vq": needs_codes, "stale": needs_states}[self.inference]:
             raise InputError(f"--inference {self.inference} is for {wants}; use exact")
         if self.task == "link":
-            for name, plain in (("sampler", "node"), ("inductive", False), ("metric", "auto")):
+            for name, plain in (("sampler", "node"), ("inductive", False)):
                 if getattr(self, name) != plain:
                     raise InputError(f"{option_name(name)} {getattr(self, name)} is not for --task link; leave it out")
-        elif self.links is not None:
+        if self.metric not in _METRICS[self.task]:
+            raise InputError(
+                f"--metric {self.metric} is not for --task {self.task}; use one of {', '.join(_METRICS[self.task])}"
+            )
+        if self.task == "node" and self.links is not None:
             raise InputError(f"--links {self.links} is for --task link only; leave it out, or give --task link")
 
     @property
@@ -133,23 +155,38 @@ class Config:
         """Whether a batch is the whole graph."""
         return self.method == "full" and self.model != "mlp"
 
+    @property
+    def learned(self) -> bool:
+        """Whether the features are learnt."""
+        return self.features is not None and self.features.startswith(_LEARNED)
+
+    @property
+    def random_width(self) -> int | None:
+        """D of `features` "random:D" or "learned:D": for a graph that has none."""
+        if self.features is None or not self.features.startswith((_RANDOM, _LEARNED)):
+            return None
+        return int(self.features.partition(":")[2])
+
     def columns(self) -> slice | None:
         """`features` as a slice."""
-        if self.features is None or self.features.startswith(_RANDOM):
+        if self.features is None or self.features.startswith((_RANDOM, _LEARNED)):
             return None
         low, high = _two_ints("--features", self.features, ":", "FROM:TO with 0 <= FROM < TO, e.g. 80:200")
         if not 0 <= low < high:
             raise InputError(f"--features {self.features!r} is empty; it must be FROM:TO with 0 <= FROM < TO")
         return slice(low, high)
 
-    def random_features(self) -> int | None:
-        """D of `features` "random:D": for a graph that has none."""
-        if self.features is None or not self.features.startswith(_RANDOM):
-            return None
-        width = self.features.removeprefix(_RANDOM)
-        if not width.isdecimal() or int(width) < 1:
-            raise InputError(f"--features {self.features!r} cannot be read; it must be random:D with D >= 1")
-        return int(width)
+    def _check_features(self) -> None:
+        if self.columns() is None and self.features is not None:
+            kind, _, width = self.features.partition(":")
+            if not width.isdecimal() or int(width) < 1:
+                raise InputError(f"--features {self.features!r} cannot be read; it must be {kind}:D with D >= 1")
+        for name, clashes in (("inductive", self.inductive), ("model", self.model == "mlp")):
+            if self.learned and clashes:
+                raise InputError(
+                    f"--features {self.features} and {option_name(name)} {getattr(self, name)} exclude each other: "
+                    "an embedding is of a node that training knows, and a GNN's input"
+                )
 
     def parts_pair(self) -> tuple[int | None, int]:
         """`parts` as (number of parts, parts a batch)."""

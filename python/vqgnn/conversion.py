@@ -11,16 +11,20 @@ import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
+from . import hetero
+from .calling import call_model, device_of, evaluating
 from .generic import GenericConv, make_generic
-from .graph import BatchGraph, Convolution, Graph, not_an_edge_index
-from .inference import call_model, device_of, evaluating, warmup
+from .graph import BatchGraph, Graph, not_an_edge_index
+from .inference import warmup
 from .loader import Batch
-from .nn import CONVS, INPUTS, StoreConv, StoreUse
+from .nn import CONVS
 from .partitioning import cache_folder
 from .places import resolve
+from .relation_conv import RelationConv
 from .store import Codec, NodeStore
+from .store_conv import INPUTS, StoreConv, StoreUse
 from .survey import examine, settle
 from .transfer import TransferEngine
 
@@ -37,11 +41,12 @@ _PROBE_NODES = 8
 
 def convert(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     method: str = "vq",
     codec: str | Codec | None = None,
     input: str = "auto",
     grad: bool | None = None,
+    align: bool = False,
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
@@ -52,27 +57,33 @@ def convert(
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
     Args:
-        model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv and
-            GATConv have fused kernels; every other `MessagePassing` runs its own code (`vqgnn.paths` tells which does).
+        model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
+            GATv2Conv and TransformerConv (these three without edge features) and ChebConv have fused kernels; every
+            other `MessagePassing`, and one with hooks on its messages, runs its own code (`vqgnn.paths` tells which
+            does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
-            GPU: give BatchLoader the model's device then.
+            GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
+            `to_hetero` or of its `HeteroConv` layers, serves one edge type: conv((x_source, x_target), graph).
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
-            conv is an attention.
+            conv is an attention. Of a HeteroData, "auto" is rows: C X is a table for every edge type.
         grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
             convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
+        align: whether stored rows follow the weights as the batch's own rows do (`vqgnn.alignment.align`). For fused
+            attention only and in place of a gradient store; the halo's rows are decoded, one layer at a time.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
+            `model(batch.x_dict, batch.graph_dict)`.
         place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
             (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
-            "pinned" (see `NodeStore`).
+            "pinned" (see `NodeStore`). A HeteroData takes "device" and, on the CPU, "disk".
         folder: of the scratch files of place="disk", which end with the process. Default: in the user's cache folder.
         codebook: further arguments of `vqgnn.Codebook`, e.g. decay=0.95.
 
@@ -90,16 +101,34 @@ def convert(
     default_codec, default_grad = METHODS[method]
     if default_codec is None and (codec is not None or grad):
         raise ValueError(f"codec={codec!r}, grad={grad!r}: method={method!r} keeps no state; leave them out")
+    if align and grad:
+        raise ValueError("align=True, grad=True: aligned rows take the place of a gradient store; give one of them")
     codec = default_codec if codec is None else Codec.parse(codec)
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
+    found = _find(model)
+    if isinstance(data, HeteroData):
+        if place in ("host", "pinned"):
+            raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
+        if align:
+            raise ValueError("align=True is for Data; leave it out with a HeteroData")
+
+        def make_stores(wanted: list[tuple[object, str, dict]]) -> None:
+            on = device_of(model, data.node_stores[0])
+            _make_stores(wanted, on, on, place, folder, codebook)
+
+        options = hetero.Options(method, codec, input, grad, default_grad, seed)
+        hetero.convert(model, data, found, options, fill, forward, make_stores)
+        return model
     graph, device = Graph.of(data), device_of(model, data)
-    convs = _find(model)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
-    before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in convs.values()}
+    before = {conv: (type(conv), conv.__dict__.get("survey")) for conv in found.values()}
     try:
-        convolutions = {conv: _as_store_conv(conv) for conv in convs.values()}
+        convs = {}
+        for name, conv in found.items():
+            _make_store_conv(conv)
+            convs |= {name + more: part for more, part in conv.store_parts().items()}
         calls = _probe(model, graph, device, forward)
         uses: dict[StoreConv, StoreUse] = {}
         wanted: list[tuple[object, str, dict]] = []  # the stores to make: of whom, its attribute, their arguments
@@ -108,7 +137,8 @@ def convert(
                 raise ValueError(f"conv {name!r} is not reached by the model's forward; remove it or pass forward=")
             dim, sees_features = calls[conv]
             generic = isinstance(conv, GenericConv)
-            use = uses[conv] = StoreUse(conv.survey.edges if generic else convolutions[conv], whole=method == "full")
+            use = uses[conv] = StoreUse(conv.survey.edges if generic else conv.convolution(), whole=method == "full")
+            sees_features |= conv.follows_hop is not None and uses[conv.follows_hop].input is not None
             if sees_features and input != "codes":
                 if input == "precompute" and not conv.fixed:
                     raise ValueError(
@@ -121,8 +151,16 @@ def convert(
             if not generic:
                 keep = default_grad and conv.fixed if grad is None else grad
                 if use.input is None:
+                    use.align = align
+                    if align and (codec is None or conv.fixed):
+                        raise ValueError(
+                            f"align=True is for attention that reads stored rows, not {type(conv).__name__} with "
+                            f"method={method!r}; leave it out"
+                        )
                     heads = conv.softmax_heads
                     wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
+                    if keep and conv.query_channels:
+                        wanted.append((use, "queries", {**shape, "dim": conv.query_channels, "grad": False}))
                 continue
             if device != graph.x.device:
                 raise ValueError(
@@ -138,18 +176,14 @@ def convert(
                         wanted.append((hop, "grads", {**shape, "dim": hop.out_dim, "grad": False}))
         if codec is None:
             wanted.clear()
-        needed = sum(NodeStore.size_of(**shape) for _, _, shape in wanted)
-        place, folder = resolve(place, needed, device, graph.x.device), Path(folder or cache_folder() / "state")
-        where = {"place": place, "folder": folder, "device": device}
-        if wanted and place in ("host", "disk"):
-            where["engine"] = TransferEngine(device=device)
-        for owner, attribute, shape in wanted:
-            setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
+        place, folder = _make_stores(wanted, device, graph.x.device, place, folder, codebook)
     except BaseException:  # a model that cannot be converted stays as it was
         for conv, (cls, survey) in before.items():
             conv.__class__ = cls
             for name in ("survey", "_visitor"):
                 conv.__dict__.pop(name, None)
+            if not hasattr(cls, "store_parts"):
+                conv._modules.pop("hops", None)
             if survey is not None:
                 conv.survey = survey
         raise
@@ -158,8 +192,9 @@ def convert(
     graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        slices = conv.input_slices if use.input == "rows" or isinstance(conv, GenericConv) else "csr"
-        graph.wanted[use.convolution, "input_messages" if use.input == "precompute" else slices] = None
+        exact = use.input == "rows" or use.align or isinstance(conv, GenericConv)
+        slices = conv.input_slices if exact else "csr"
+        graph.wanted[use.convolution, conv.input_product if use.input == "precompute" else slices] = None
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only
@@ -168,11 +203,32 @@ def convert(
     return model
 
 
+def _make_stores(
+    wanted: list[tuple[object, str, dict]],
+    device: torch.device,
+    graph_device: torch.device,
+    place: str,
+    folder: str | Path | None,
+    codebook: dict,
+) -> tuple[str, Path]:
+    """Set each owner's attribute to the store with these arguments; returns where they lie."""
+    needed = sum(NodeStore.size_of(**shape) for _, _, shape in wanted)
+    place, folder = resolve(place, needed, device, graph_device), Path(folder or cache_folder() / "state")
+    where = {"place": place, "folder": folder, "device": device}
+    if wanted and place in ("host", "disk"):
+        where["engine"] = TransferEngine(device=device)
+    for owner, attribute, shape in wanted:
+        setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
+    return place, folder
+
+
 def stores(model: nn.Module) -> dict[str, NodeStore]:
     """The node-state stores of a converted model by the path of their conv.
 
-    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. A conv that
-    PyG's code computes may have several: "conv.hop1" of its second propagate's inputs, "conv.grad" of gradients.
+    They are modules with a state_dict of their own and not part of the model's, whose keys stay PyG's. Some convs have
+    several: "conv.query" of an attention's queries; "conv.hops.0", ... of the products of a ChebConv; of a conv that
+    PyG's code computes "conv.hop1" of its second propagate's inputs and "conv.grad" of gradients. Of a HeteroData, the
+    convs of a layer share the states of a node type, which stand at the first of them; gradients are each conv's own.
     """
     found = {}
     for name, module in model.named_modules():
@@ -185,7 +241,8 @@ class ConvPath(NamedTuple):
     """How a conv of a converted model gets its messages.
 
     path: "fused" (one kernel reads states in place) or "generic" (PyG's own code on decoded rows). reads: where the
-    rows of out-of-batch nodes come from. bytes_per_node: of state, for every node of the graph.
+    rows of out-of-batch nodes come from. bytes_per_node: of state, for every node of the graph (of a HeteroData, every
+    source of states and target of gradients; shared states count once).
     """
 
     name: str
@@ -212,7 +269,7 @@ def paths(model: nn.Module) -> Paths:
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
     found = Paths()
     for name, conv in convs.items():
-        generic = isinstance(conv, GenericConv)
+        generic = isinstance(conv, GenericConv) or (isinstance(conv, RelationConv) and not conv.fixed)
         held = conv.stores().values()
         nbytes = sum(table.nbytes / store.num_nodes for store in held for table in store.tables.values())
         reads = conv.reads()
@@ -230,19 +287,26 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     return convs
 
 
-def _as_store_conv(conv: nn.Module) -> Convolution | None:
-    """Make a PyG conv one that reads a store: fused where there is such a one for its options, else by its own code."""
+def _make_store_conv(conv: nn.Module) -> None:
+    """Let a PyG conv read a store: fused where there is such a one for its options, else by its own code."""
     cls = type(conv)
-    if isinstance(conv, StoreConv):
-        return conv.convolution()
-    if cls in CONVS:
+    if cls in CONVS and not _has_message_hooks(conv):
         conv.__class__ = CONVS[cls]
         try:
-            return conv.convolution()
+            conv.convolution()
+            return
         except ValueError:  # an option that the fused path lacks
             conv.__class__ = cls
-    make_generic(conv)
-    return None
+    if cls in CONVS.values():
+        conv.convolution()  # raises for such an option
+    elif not isinstance(conv, StoreConv):
+        make_generic(conv)
+
+
+def _has_message_hooks(conv: pyg.MessagePassing) -> bool:
+    """Whether someone listens to a conv's messages, which a kernel never makes."""
+    kinds = ("_propagate_", "_message_", "_aggregate_", "_edge_update_")
+    return any(hooks for name, hooks in vars(conv).items() if name.startswith(kinds) and name.endswith("_hooks"))
 
 
 class _Probe:

@@ -48,7 +48,7 @@ class Dataset:
         if isinstance(self.data, MappedData):
             return self.data.folder.fingerprint
         tensors = [self.data[key] for key in ("edge_index", "x", "y", *MASKS) if key in self.data]
-        for tensor in [*tensors, *(vars(self.links).values() if self.links else ())]:
+        for tensor in [*tensors, *(self.links.tensors().values() if self.links else ())]:
             digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
 
@@ -56,8 +56,8 @@ class Dataset:
 def of_config(config: Config) -> Dataset:
     """The data set that a config names."""
     if config.task == "node":
-        return load(config.dataset, config.split, config.directed, config.columns(), config.random_features())
-    name, options = config.dataset, (config.directed, config.columns(), config.random_features())
+        return load(config.dataset, config.split, config.directed, config.columns(), config.random_width)
+    name, options = config.dataset, (config.directed, config.columns(), config.random_width)
     return load_links(name, None if config.links is None else Path(config.links), config.split, *options)
 
 
@@ -96,8 +96,8 @@ def load_links(
 
     Args:
         name, directed, columns, random: as in `load`.
-        path: .npz file of the edges to predict (see `link_splits.given_split`), or None for a random split ...
-        split: ... with this number.
+        path: .npz file of the edges to predict (see `link_splits.given_split`), or None for a random split.
+        split: number of the random split, or of the edges that are drawn for a recommender's validation.
     """
     arrays = _read(name, directed, columns, random)
     if isinstance(arrays, Path):
@@ -106,7 +106,7 @@ def load_links(
     if path is None:
         edge_index, found = link_splits.random_split(edge_index, len(x), split)
     else:
-        edge_index, found = link_splits.given_split(str(path), read_npz(path), edge_index, len(x))
+        edge_index, found = link_splits.given_split(str(path), read_npz(path), edge_index, len(x), split)
     return Dataset(name, Data(x=x, edge_index=_edges(edge_index, len(x), directed)), 0, False, found)
 
 
@@ -307,7 +307,9 @@ def _checked_graph(
     """(features [n, f] float32, edges [2, e] as they are stored)."""
     refuse = _refuse(name)
     if "x" not in arrays:
-        refuse("has no features x; give every node some, or --features random:D, D random numbers a node, e.g. 128")
+        refuse(
+            "has no features x; give every node some, or --features random:D or learned:D, D numbers a node, e.g. 128"
+        )
     if "edge_index" not in arrays:
         refuse("lacks edge_index [2, edges]")
     x, edge_index = arrays["x"], arrays["edge_index"]

@@ -6,9 +6,10 @@ A conv computes row by row, then `propagate` gathers rows over the edges, then i
 - forward runs on the batch's rows;
 - what it hands to the first `propagate`, it also hands over for the halo: its code runs up to there on the halo's
   stored inputs, with this step's weights, which get gradients from both;
-- a later `propagate` of the same forward (APPNP, ARMA, Cheb) keeps its inputs in a store of its own;
+- a later `propagate` of the same forward (APPNP, ARMA) keeps its inputs in a store of its own;
 - a conv that changes the edges first (self loops, gcn_norm) did so once to the whole graph, and a batch takes its edges
-  and their values from there: normalisation comes from the whole graph, whatever a conv normalises.
+  and their values from there: normalisation comes from the whole graph, whatever a conv normalises. Values that
+  training drops (APPNP) are dropped batch by batch.
 
 With a gradient store the gradient G of what every `propagate` returns is kept. Backward computes the halo's messages
 anew from the batch's rows and adds their gradient, eq. 7. Where messages are summed, the edges that leave the batch are
@@ -30,10 +31,10 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
 from .graph import BatchGraph
-from .nn import StoreConv, require_whole
 from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
-from .survey import Hop, Survey
+from .store_conv import StoreConv, require_whole
+from .survey import Hop, Survey, settle_again
 
 
 class GenericConv(StoreConv):
@@ -93,11 +94,16 @@ class GenericConv(StoreConv):
 
 def make_generic(conv: MessagePassing) -> None:
     """Give a PyG conv its generic class."""
-    added = {name for mixin in (StoreConv, GenericConv) for name in vars(mixin) if not hasattr(MessagePassing, name)}
+    refuse_taken_names(conv, StoreConv, GenericConv)
+    conv.__class__ = generic_class(type(conv))
+
+
+def refuse_taken_names(conv: MessagePassing, *mixins: type) -> None:
+    """Raise a ValueError where a conv has a name that these classes would give it."""
+    added = {name for mixin in mixins for name in vars(mixin) if not hasattr(MessagePassing, name)}
     taken = sorted(name for name in added if hasattr(conv, name))
     if taken:
         raise ValueError(f"{type(conv).__name__} has {', '.join(taken)}, a name that vqgnn gives to convs; rename it")
-    conv.__class__ = generic_class(type(conv))
 
 
 @cache
@@ -119,6 +125,7 @@ def _on_batch(conv: GenericConv, args: tuple, kwargs: dict):
         return run.survey(conv, given)
     if conv.survey is None:
         raise ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
+    settle_again(conv, given)
     with uncached(conv):
         return _train(conv, given) if run is None else _sweep(conv, given)
 

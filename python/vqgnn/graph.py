@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import add_self_loops, degree, remove_self_loops
+from torch_geometric.utils import add_self_loops, degree, get_laplacian, remove_self_loops
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
@@ -28,14 +28,17 @@ _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the resul
 class Convolution:
     """Which fixed convolution matrix C a conv uses: the key under which the graph keeps it.
 
-    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), or "attention"
-        (adjacency, with add_self_loops exactly one loop a node; its weights are computed by the conv).
+    kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), "attention" (adjacency,
+        with add_self_loops exactly one loop a node; its weights are computed by the conv), or "cheb" (the Laplacian of
+        that normalization, scaled to eigenvalues in [-1, 1], of whose Chebyshev polynomials `order` are used).
     """
 
     kind: str
     normalize: bool = True
     add_self_loops: bool = True
     improved: bool = False
+    normalization: str | None = None
+    order: int = 0
 
     def edges(self, graph: Graph) -> tuple[Tensor, Tensor | None]:
         """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
@@ -47,6 +50,11 @@ class Convolution:
             return gcn_norm(
                 edge_index, weight, graph.num_nodes, self.improved, self.add_self_loops, dtype=torch.float32
             )
+        if self.kind == "cheb":
+            edge_index, weight = get_laplacian(edge_index, weight, self.normalization, torch.float32, graph.num_nodes)
+            weight = weight / weight.max()  # 2 L / lambda_max, which is taken for twice the largest entry
+            weight[edge_index[0] == edge_index[1]] -= 1
+            return edge_index, weight
         if self.kind == "mean":  # PyG's SAGEConv takes no edge weights
             count = degree(edge_index[1], graph.num_nodes, dtype=torch.float32)
             return edge_index, (1.0 / count)[edge_index[1]]
@@ -70,10 +78,12 @@ class Matrix:
     weight_t: Tensor | None
 
     @classmethod
-    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int) -> Matrix:
+    def build(cls, edge_index: Tensor, weight: Tensor | None, num_nodes: int, num_sources: int | None = None) -> Matrix:
+        """num_sources: columns, where they are other nodes than the rows."""
         source, target = edge_index
-        rowptr, col, order = _compress(target, source, num_nodes)
-        rowptr_t, col_t, order_t = _compress(source, target, num_nodes)
+        num_sources = num_nodes if num_sources is None else num_sources
+        rowptr, col, order = compress(target, source, num_nodes, num_sources)
+        rowptr_t, col_t, order_t = compress(source, target, num_sources, num_nodes)
         if torch.equal(rowptr, rowptr_t) and torch.equal(col, col_t):
             rowptr_t, col_t = rowptr, col
         weights = (None, None) if weight is None else (weight[order].contiguous(), weight[order_t].contiguous())
@@ -89,20 +99,55 @@ class Matrix:
 EDGE_TENSORS = ("edge_weight", "edge_attr", "edge_type")  # of the data, which convs ask for by these names
 
 
-def _edge_weight(data: Data) -> Tensor | None:
+def edge_weight(data: Data) -> Tensor | None:
     return data.edge_weight if "edge_weight" in data else None
 
 
-def _edge_tensors(data: Data) -> dict[str, Tensor]:
+def edge_tensors(data: Data) -> dict[str, Tensor]:
     return {name: data[name] for name in EDGE_TENSORS if isinstance(data.get(name), Tensor)}
 
 
-def _compress(row: Tensor, col: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
-    order = torch.argsort(row * num_nodes + col, stable=True)
-    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64, device=row.device)
-    torch.cumsum(torch.bincount(row, minlength=num_nodes), 0, out=rowptr[1:])
+    order = torch.argsort(row * num_cols + col, stable=True)
+    rowptr = torch.zeros(num_rows + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(torch.bincount(row, minlength=num_rows), 0, out=rowptr[1:])
     return rowptr, col[order].to(torch.int32), order
+
+
+def check_features(name: str, x: Tensor | None, num_nodes: int | None) -> None:
+    """Raise a ValueError unless x, called so, is what a graph's features must be."""
+    if x is None or x.dim() != 2 or x.size(0) != num_nodes:
+        came = None if x is None else tuple(x.shape)
+        raise ValueError(f"{name} must be [num_nodes={num_nodes}, features], got {came}; give every node features")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {x.dtype}; set {name} = {name}.float()")
+    if num_nodes >= 2**31:
+        raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
+
+
+def check_edge_index(name: str, edge_index: object) -> None:
+    if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+        came = getattr(edge_index, "shape", None) or type(edge_index).__name__
+        raise ValueError(f"{name} must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
+    if edge_index.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {edge_index.dtype}; convert it with .long()")
+
+
+def check_ids(name: str, ids: Tensor, num_nodes: int, setting: str) -> None:
+    """Raise a ValueError unless all node ids are below num_nodes, which `setting` of the data is."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_nodes):
+        raise ValueError(
+            f"{name} holds node ids {int(ids.min())}..{int(ids.max())}, allowed are 0..{num_nodes - 1}; "
+            f"drop those edges or set {setting}"
+        )
+
+
+def check_edge_weight(name: str, weight: Tensor | None, num_edges: int) -> None:
+    if weight is not None and weight.shape != (num_edges,):
+        raise ValueError(
+            f"{name} must be [num_edges={num_edges}], got {list(weight.shape)}; give every edge one number"
+        )
 
 
 class Graph:
@@ -117,40 +162,22 @@ class Graph:
         edge_index, num_nodes = data.edge_index, data.num_nodes
         self.folder = data.folder if isinstance(data, MappedData) else None  # its files have been checked
         if self.folder is not None:
-            if edge_index is not None or _edge_weight(data) is not None or data.x is not self.folder.tensor("x"):
+            if edge_index is not None or edge_weight(data) is not None or data.x is not self.folder.tensor("x"):
                 raise ValueError("a graph on disk takes x and the edges from its folder; write another folder instead")
             edge_index = torch.empty(2, 0, dtype=torch.int64)
-        elif not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
-            came = getattr(edge_index, "shape", None) or type(edge_index).__name__
-            raise ValueError(f"data.edge_index must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
-        if data.x is None or data.x.dim() != 2 or data.x.size(0) != num_nodes:
-            came = None if data.x is None else tuple(data.x.shape)
-            raise ValueError(f"data.x must be [num_nodes={num_nodes}, features], got {came}; give every node features")
-        if data.x.dtype != torch.float32:
-            raise ValueError(f"data.x must be float32, got {data.x.dtype}; set data.x = data.x.float()")
-        if edge_index.dtype != torch.int64:
-            raise ValueError(f"data.edge_index must be int64, got {edge_index.dtype}; convert it with .long()")
-        if num_nodes >= 2**31:
-            raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
-        if edge_index.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= num_nodes):
-            low, high = int(edge_index.min()), int(edge_index.max())
-            raise ValueError(
-                f"data.edge_index holds node ids {low}..{high}, allowed are 0..{num_nodes - 1}; "
-                "drop those edges or set data.num_nodes"
-            )
+        check_edge_index("data.edge_index", edge_index)
+        check_features("data.x", data.x, num_nodes)
+        check_ids("data.edge_index", edge_index, num_nodes, "data.num_nodes")
         self.num_nodes = num_nodes
         self.edge_index = data.edge_index
-        self.edge_weight = _edge_weight(data)
-        if self.edge_weight is not None and self.edge_weight.shape != edge_index.shape[1:]:
-            raise ValueError(
-                f"data.edge_weight must be [num_edges={edge_index.size(1)}], got {list(self.edge_weight.shape)}; "
-                "give every edge one number"
-            )
-        self.edge_tensors = _edge_tensors(data)
+        self.edge_weight = edge_weight(data)
+        check_edge_weight("data.edge_weight", self.edge_weight, edge_index.size(1))
+        self.edge_tensors = edge_tensors(data)
         self.x = data.x
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
+        self._terms: dict[Convolution, list[Tensor]] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
         self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
@@ -159,8 +186,10 @@ class Graph:
     @classmethod
     def of(cls, data: Data) -> Graph:
         """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
+        if isinstance(data, HeteroData):
+            raise ValueError("data is a HeteroData, which only convert, BatchLoader, layerwise and warmup take")
         graph = cls._known.get(data)
-        edges = _edge_tensors(data)
+        edges = edge_tensors(data)
         now = (data.edge_index, data.x, *map(edges.get, EDGE_TENSORS))
         known = None
         if graph is not None:
@@ -182,7 +211,7 @@ class Graph:
         if (convolution, transposed) not in self._orders:
             source, target = convolution.edges(self)[0]
             ends = (source, target) if transposed else (target, source)
-            self._orders[convolution, transposed] = _compress(*ends, self.num_nodes)[2]
+            self._orders[convolution, transposed] = compress(*ends, self.num_nodes, self.num_nodes)[2]
         return self._orders[convolution, transposed]
 
     def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
@@ -205,16 +234,34 @@ class Graph:
                 self.matrix(convolution)  # before, so that its time is not C X's
                 out = self.folder.product(convolution, self.x.shape, lambda: self._product_chunks(convolution))
             else:
-                out = torch.empty_like(self.x)
+                out = self.x.new_empty(self.num_nodes, self.x.size(1))
                 for i, chunk in enumerate(self._product_chunks(convolution)):
                     out[i * _CHUNK : i * _CHUNK + len(chunk)] = chunk
             self._products[convolution] = out
         return self._products[convolution]
 
+    def terms(self, convolution: Convolution) -> list[Tensor]:
+        """Chebyshev polynomials T_1, T_2, ... [n, f] of C, of the input features; computed once."""
+        if convolution not in self._terms:
+            terms = [self.x, self.product(convolution)]
+            while len(terms) < convolution.order:
+                rows = Rows("fp32", terms[-1], None, None)
+                after = torch.empty_like(self.x)
+                for start in range(0, self.num_nodes, _CHUNK):
+                    stop = min(start + _CHUNK, self.num_nodes)
+                    after[start:stop] = self.propagate(convolution, rows, start, stop, self.x.size(1))
+                terms.append(after.mul_(2).sub_(terms[-2]))
+            self._terms[convolution] = terms[1:]
+        return self._terms[convolution]
+
     def _product_chunks(self, convolution: Convolution) -> Iterator[Tensor]:
         for start in range(0, self.num_nodes, _CHUNK):
             stop = min(start + _CHUNK, self.num_nodes)
             yield self.propagate(convolution, self.features, start, stop, self.x.size(1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
     @property
     def features(self) -> Rows:
@@ -299,6 +346,10 @@ class BatchGraph:
         """The batch's rows of C X [b, f]."""
         return self._once("input_messages", convolution)
 
+    def input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        """The batch's rows of `Graph.terms`, each [b, f]."""
+        return self._once("input_terms", convolution)
+
     def exact_neighbours(self, convolution: Convolution) -> Neighbours:
         """The batch's neighbours with their given features."""
         return self._once("exact_neighbours", convolution)
@@ -361,6 +412,10 @@ class BatchGraph:
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         product = self.graph.product(convolution)
         return product if self.whole else product[self.n_id]
+
+    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        terms = self.graph.terms(convolution)
+        return tuple(terms if self.whole else (term[self.n_id] for term in terms))
 
     def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
         csr, csr_t = self.csr(convolution)
@@ -476,6 +531,9 @@ class MovedBatch(BatchGraph):
 
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         return self._moved(self._origin.input_messages(convolution))
+
+    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        return self._moved(self._origin.input_terms(convolution))
 
     def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
         csr_t = self.csr(convolution)[1]

@@ -2,62 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from tqdm import tqdm
 
 from vqgnn_kernels import Rows
 
-from . import tables
+from . import hetero_inference, tables
+from .calling import alike, call_model, device_of, evaluating
 from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch
 from .loader import Batch, BatchLoader
-from .nn import StoreConv
+from .store_conv import StoreConv
 
 METHODS = ("exact", "vq", "stale")
 _BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 channels
 _PROBE_NODES = 8
 
 
-def call_model(model: nn.Module, batch: Batch) -> Tensor:
-    """The default way to call a model on a batch."""
-    return model(batch.x, batch.graph)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every module's own mode restored afterwards. Eager: each pass would be compiled anew."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(model: nn.Module, data: Data) -> torch.device:
-    """Where the model computes."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), data.x.device)
-
-
 @torch.no_grad()
 def layerwise(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     batch_size: int | None = None,
     method: str = "exact",
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
     progress: bool = False,
-) -> Tensor:
-    """The converted model's output for every node of `data`, [n, out_channels].
+) -> Tensor | dict[str, Tensor]:
+    """The converted model's output for every node of `data`, [n, out_channels]; a dict by type where it returns one.
 
     One pass over the nodes a conv: pass l computes conv l for every node from exact inputs of every neighbour, keeps
     its output, and records what the next conv is given. The result is the whole graph's, for any model; memory is
@@ -65,7 +43,8 @@ def layerwise(
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
-        batch_size: nodes at a time, default 32,768. All of them at once where the model's own code takes statistics
+        batch_size: nodes at a time, default 32,768, with method "vq" a tenth of the nodes at most: a batch's own rows
+            are exact. All of them at once where the model's own code takes statistics
             over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the whole graph's.
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
@@ -83,11 +62,13 @@ def layerwise(
         raise ValueError(f"dtype={dtype} is not supported for kept rows; use torch.float32 or torch.float16")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if folder is not None and data.x.is_cuda:
+    if folder is not None and not isinstance(data, HeteroData) and data.x.is_cuda:
         raise ValueError(f"folder={str(folder)!r} needs data on the CPU, its x is on {data.x.device}; leave folder out")
     convs = [module for module in model.modules() if isinstance(module, StoreConv)]
     if not convs or any(conv.store_use is None for conv in convs):
         raise ValueError(f"model {type(model).__name__} is not converted; call vqgnn.convert(model, data) first")
+    if isinstance(data, HeteroData):
+        return hetero_inference.layerwise(model, data, batch_size, method, dtype, folder, forward, progress)
     with evaluating(model):
         if method == "stale":
             loader = BatchLoader(data, batch_size, seed=0, device=device_of(model, data))
@@ -104,7 +85,7 @@ def layerwise(
 @torch.no_grad()
 def warmup(
     model: nn.Module,
-    data: Data,
+    data: Data | HeteroData,
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
@@ -116,15 +97,12 @@ def warmup(
     dtype, folder and progress are those of `layerwise`.
     """
 
+    if isinstance(data, HeteroData):
+        hetero_inference.fill_stores(model, data, forward, dtype, folder, progress)
+        return
+
     def fill(conv: StoreConv, rows: Tensor) -> None:
-        store, n = conv.store_use.store, rows.size(0)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(n, generator=generator).to(rows.device).split(_BATCH)
-        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
-            store.push(n_id, rows[n_id].to(store.device, torch.float32))
-        if store.codebook is not None:  # the first codes were given before the codebook had seen all rows
-            for n_id in torch.arange(n, device=rows.device).split(_BATCH):
-                store.recode(n_id, rows[n_id].to(store.device))
+        conv.store_use.store.fill(rows, progress)
 
     visit_inputs(model, data, fill, forward, dtype, folder, progress)
 
@@ -208,7 +186,9 @@ class _Sweep:
     def run(self, model: nn.Module) -> Tensor | None:
         graph = self.graph
         self.device = device_of(model, graph)
-        batch_size, n = self.batch_size or _BATCH, graph.num_nodes
+        n = graph.num_nodes
+        # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
+        batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
         num_convs, self.chain, splits = self._structure(model)
         self.chain &= not self.quantise
         if batch_size < n and not splits:
@@ -263,7 +243,7 @@ class _Sweep:
         if output is not None:
             out = output(self.graph.features if source is batch.x else self.inputs, x)
         else:
-            out = conv.combine(x, self._messages(conv, source, batch))
+            out = conv.combine(x, self._messages(conv, x, source, batch))
         if len(self.widths) == index:
             self.widths.append(out.size(1))
             if not (self.chain or self.last):
@@ -330,17 +310,17 @@ class _Sweep:
         rows.clear()
         with torch.no_grad():
             run(min(count, max(2, count // 2)))  # one row alone has no variance
-        splits = all(_alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
+        splits = all(alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
         return num_convs, is_chain, splits
 
-    def _messages(self, conv: StoreConv, source: Tensor, batch: BatchGraph) -> Tensor:
+    def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:
         use, dim = conv.store_use, source.size(1)
         if source is batch.x:
             if use.input == "precompute":
                 return self.graph.product(use.convolution)[slice(*self.range)].to(source)
             return self.graph.propagate(use.convolution, self.graph.features, *self.range, dim).to(source)
         if self.quantise or not conv.fixed:
-            return conv.batch_messages(source, batch.read(self.inputs, use.convolution))[0]
+            return conv.batch_messages(source, batch.read(self.inputs, use.convolution), conv.message_query(x))[0]
         return self.graph.propagate(use.convolution, self.inputs, *self.range, dim).to(source)
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:
@@ -378,9 +358,3 @@ class _Sweep:
         if self.folder is None:
             return torch.empty(size, dtype=dtype, device=self.graph.x.device)
         return tables.zeros(self.folder, *size, dtype=dtype)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether rows are the same but for rounding."""
-    tolerance = max(1e-4, 16 * torch.finfo(a.dtype).eps)
-    return bool((a - b).norm() <= tolerance * a.norm())

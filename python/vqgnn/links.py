@@ -1,4 +1,4 @@
-"""Link prediction: batches of edges, the score of a pair of nodes, and Hits@K."""
+"""Link prediction: batches of edges, the score of a pair of nodes, and how well edges are found."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch_geometric.data import Data
 
 from .loader import Batch, BatchLoader
 
+_SCORES = 2**25  # of user-item pairs at a time
+
 
 class LinkLoader(BatchLoader):
-    """Batches of edges to predict and of as many uniformly drawn pairs; their end points are the batch's nodes.
+    """Batches of edges to predict and of as many drawn pairs; their end points are the batch's nodes.
 
     Beside a batch's tensors it has `pairs` [2, p], positions among its nodes, and `labels` [p], 1 for an edge and 0 for
     a drawn pair. An epoch has each edge once.
@@ -22,6 +24,7 @@ class LinkLoader(BatchLoader):
         edges: [2, e], to predict.
         batch_size: end points a batch; nodes that occur more than once are in it once. Default: a tenth of the graph.
         whole: one batch of all edges, in the whole graph.
+        destinations: a drawn pair is an edge's source and one of these nodes, or by default any two nodes.
         seed, prefetch, device: as in `BatchLoader`.
     """
 
@@ -31,21 +34,27 @@ class LinkLoader(BatchLoader):
         edges: Tensor,
         batch_size: int | None = None,
         whole: bool = False,
+        destinations: range | None = None,
         seed: int = 0,
         prefetch: int = 2,
         device: torch.device | str | None = None,
     ):
         super().__init__(data, batch_size, seed=seed, prefetch=prefetch, device=device)
-        self.edges, self.whole = edges, whole
+        self.edges, self.whole, self.destinations = edges, whole, destinations
         batch_size = batch_size or math.ceil(data.num_nodes / 10)
-        self._num_batches = 1 if whole else math.ceil(4 * edges.size(1) / batch_size)
+        ends = 4 if destinations is None else 3  # of an edge and its drawn pair
+        self._num_batches = 1 if whole else math.ceil(ends * edges.size(1) / batch_size)
 
     def _draw(self, epoch: int) -> list[Tensor]:
         """Each batch's pairs [2, p] of nodes; the first half are edges."""
         generator, count = self._generator(epoch), self.edges.size(1)
-        order = torch.randperm(count, generator=generator).to(self.edges.device)
-        drawn = torch.randint(self.graph.num_nodes, (2, count), generator=generator).to(self.edges.device)
-        positives, negatives = (pairs.tensor_split(self._num_batches, 1) for pairs in (self.edges[:, order], drawn))
+        edges = self.edges[:, torch.randperm(count, generator=generator).to(self.edges.device)]
+        if self.destinations is None:
+            drawn = torch.randint(self.graph.num_nodes, (2, count), generator=generator).to(edges.device)
+        else:
+            low, high = self.destinations.start, self.destinations.stop
+            drawn = torch.stack([edges[0], torch.randint(low, high, (count,), generator=generator).to(edges.device)])
+        positives, negatives = (pairs.tensor_split(self._num_batches, 1) for pairs in (edges, drawn))
         return [torch.cat(pairs, 1) for pairs in zip(positives, negatives, strict=True)]
 
     def _build(self, pairs: Tensor) -> Batch:
@@ -83,3 +92,42 @@ def hits(positive: Tensor, negative: Tensor, k: int) -> float:
     if negative.numel() < k:
         return 1.0
     return float((positive > negative.topk(k).values[-1]).float().mean())
+
+
+def mrr(positive: Tensor, negative: Tensor) -> float:
+    """Mean reciprocal rank as in OGB, of each score [p] among its own negatives' [p, r]; ties count half."""
+    above, level = (negative > positive[:, None]).sum(1), (negative == positive[:, None]).sum(1)
+    return float((1 / (1 + above + level / 2)).mean())
+
+
+def recall(z: Tensor, pairs: Tensor, met: Tensor, num_users: int, k: int, device: torch.device | None = None) -> float:
+    """Recall@K as for LightGCN: of each user's pairs, the share among its K best items, mean over users with pairs.
+
+    Items are ranked by the inner product of outputs z [n, f]; of users 0..num_users-1, against all other nodes.
+
+    Args:
+        pairs, met: [2, p], [2, m] (user, item): to find, and to leave out of the ranking.
+        device: to compute on; default: z's.
+    """
+    device = z.device if device is None else device
+    items = z[num_users:].to(device)
+    users, count = pairs[0].unique(return_counts=True)
+    pairs, met = (edges[:, edges[0].argsort()] for edges in (pairs, met))
+    share = 0.0
+    for part, size in zip(*(t.split(max(1, _SCORES // len(items))) for t in (users, count)), strict=True):
+        score = z[part].to(device) @ items.t()
+        score[_cells(part, met, num_users)] = -math.inf
+        right = torch.zeros_like(score, dtype=torch.bool)
+        right[_cells(part, pairs, num_users)] = True
+        found = right.gather(1, score.topk(min(k, len(items)), 1).indices).sum(1)
+        share += float((found / size.to(device)).sum())
+    return share / len(users)
+
+
+def _cells(users: Tensor, edges: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
+    """(row, column) in a table of these ascending users and all items of edges [2, e], which ascend by user."""
+    low, high = torch.searchsorted(edges[0].contiguous(), torch.stack([users[0], users[-1] + 1])).tolist()
+    source, target = edges[:, low:high]
+    row = torch.searchsorted(users, source)
+    known = users[row.clamp(max=len(users) - 1)] == source
+    return row[known], target[known] - num_users

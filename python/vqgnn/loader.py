@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 from vqgnn_kernels import set_num_threads
 
 from . import samplers
 from .graph import BatchGraph, Graph, MovedBatch
+from .hetero_graph import HeteroGraph, node_tensors
 from .samplers import SAMPLERS
 
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
@@ -64,14 +65,16 @@ class BatchLoader:
     """Iterates over the nodes of a graph in mini-batches; an epoch visits each node once, or weighs its loss.
 
     Args:
-        data: PyG `Data` with `x` [n, f] and `edge_index` [2, e].
-        batch_size: nodes a batch (with sampler "cluster": on average; "edge", "walk": at most, as their draws may meet
-            a node twice). Default: a tenth of the graph.
+        data: PyG `Data` with `x` [n, f] and `edge_index` [2, e], or `HeteroData` with those of every type. Of that, a
+            batch is a `HeteroData` too: nodes of all types, in equal shares, with `x_dict` and, where `edge_index_dict`
+            went, `graph_dict`.
+        batch_size: nodes a batch, of all types together (with sampler "cluster": on average; "edge", "walk": at most,
+            as their draws may meet a node twice). Default: a tenth of the graph.
         num_parts: instead of `batch_size`, split the graph into so many parts ...
         parts_per_batch: ... and join so many of them, drawn anew every epoch, to a batch.
         sampler: "node" (uniformly random nodes), "cluster" (METIS parts, as in Cluster-GCN), "edge" (end points of
-            uniformly drawn edges) or "walk" (random walks). The last two visit some nodes more often than others:
-            sum `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased.
+            uniformly drawn edges) or "walk" (random walks). The last two visit some nodes more often than others: sum
+            `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased. They are for `Data`.
         shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
         seed: with the epoch's number it decides the order.
         prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
@@ -82,7 +85,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: Data,
+        data: Data | HeteroData,
         batch_size: int | None = None,
         num_parts: int | None = None,
         parts_per_batch: int = 1,
@@ -105,13 +108,19 @@ class BatchLoader:
         if prefetch < 0:
             raise ValueError(f"prefetch={prefetch} must be 0 (no background thread) or more")
         self.data, self.sampler, self.shuffle, self.seed, self.prefetch = data, sampler, shuffle, seed, prefetch
-        self.graph = Graph.of(data)
-        self.device = self.graph.x.device if device is None else torch.device(device)
-        moves = self.device.type != self.graph.x.device.type
-        if moves and self.graph.x.is_cuda:
-            raise ValueError(f"device={device!r} but the data is on {self.graph.x.device}; give data.cpu()")
+        hetero = isinstance(data, HeteroData)
+        self.graph = HeteroGraph.of(data) if hetero else Graph.of(data)
+        self.device = self.graph.device if device is None else torch.device(device)
+        moves = self.device.type != self.graph.device.type
+        if moves and hetero:
+            raise ValueError(f"device={device!r} but the HeteroData is on {self.graph.device}; move the data")
+        if moves and self.graph.device.type == "cuda":
+            raise ValueError(f"device={device!r} but the data is on {self.graph.device}; give data.cpu()")
         self._stream = torch.cuda.Stream(self.device) if moves else None
-        self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
+        if hetero:
+            self._tensors = node_tensors(data)
+        else:
+            self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
         self._epoch = 0
         if num_parts is None:
             batch_size = batch_size or math.ceil(n / 10)
@@ -120,10 +129,11 @@ class BatchLoader:
         else:
             self._num_batches = min(math.ceil(num_parts / parts_per_batch), n)
         if self._num_batches > 1:
-            self._sampler = samplers.make(sampler, data, self._num_batches, num_parts, shuffle, cache_dir)
+            make = samplers.make_hetero if hetero else samplers.make
+            self._sampler = make(sampler, data, self._num_batches, num_parts, shuffle, cache_dir)
             self._num_batches = self._sampler.num_batches
             if self._sampler.loss_weight is not None:
-                self._tensors["loss_weight"] = self._sampler.loss_weight.to(self.graph.x.device)
+                self._tensors["loss_weight"] = self._sampler.loss_weight.to(self.graph.device)
 
     def __len__(self) -> int:
         return self._num_batches
@@ -132,7 +142,7 @@ class BatchLoader:
         """Make the next pass the one of this epoch: its order depends on `seed` and `epoch` alone."""
         self._epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | HeteroData]:
         node_ids = self._draw(self._epoch)
         self._epoch += 1
         if self.prefetch == 0:
@@ -142,16 +152,18 @@ class BatchLoader:
 
     def _draw(self, epoch: int) -> list[Tensor]:
         if self._num_batches == 1:
-            return [torch.arange(self.graph.num_nodes, device=self.graph.x.device)]
+            return [torch.arange(self.graph.num_nodes, device=self.graph.device)]
         # Ascending ids: neighbouring rows of the graph, the features and the store are then read in order.
-        return [n_id.to(self.graph.x.device) for n_id in self._sampler.draw(self._generator(epoch))]
+        return [n_id.to(self.graph.device) for n_id in self._sampler.draw(self._generator(epoch))]
 
     def _generator(self, epoch: int) -> torch.Generator:
         # mixed into 32 bits: torch's CPU generator reads no more of a seed
         return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
 
-    def _build(self, n_id: Tensor) -> Batch:
+    def _build(self, n_id: Tensor) -> Batch | HeteroData:
         graph = self.graph
+        if isinstance(graph, HeteroGraph):
+            return graph.batch(graph.by_type(n_id), self._tensors)
         if n_id.numel() == graph.num_nodes:
             batch_graph, tensors = BatchGraph(graph, n_id, graph.x), self._tensors
         else:
@@ -165,7 +177,7 @@ class BatchLoader:
         batch.arrival = move
         return batch
 
-    def _arrived(self, batch: Batch) -> Batch:
+    def _arrived(self, batch: Batch | HeteroData) -> Batch | HeteroData:
         if self._stream is not None:
             batch.arrival.wait()
         return batch

@@ -13,10 +13,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-from .graph import EDGE_TENSORS, BatchEdges, BatchGraph
+from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Graph
 
 if TYPE_CHECKING:
     from .generic import GenericConv
@@ -54,12 +55,17 @@ def bind(conv: GenericConv, args: tuple, kwargs: dict) -> Given:
                 f"{name} got {key} beside a batch graph, which holds its own; set data.{key} before vqgnn.convert "
                 "and pass None"
             )
-    edge_tensors = {
+    return Given(bound.arguments[slot], bound, slot, taken_edge_tensors(conv, graph))
+
+
+def taken_edge_tensors(conv: GenericConv, graph: Graph) -> dict[str, Tensor]:
+    """The data's tensors with a row an edge that a conv takes."""
+    parameters = _signature(conv.pyg_class).parameters
+    return {
         key: value
         for key, value in graph.edge_tensors.items()
-        if key in bound.signature.parameters and not (key == "edge_attr" and getattr(conv, "edge_dim", conv) is None)
+        if key in parameters and not (key == "edge_attr" and getattr(conv, "edge_dim", conv) is None)
     }
-    return Given(bound.arguments[slot], bound, slot, edge_tensors)
 
 
 def source_rows(conv: GenericConv, given: Given) -> Tensor:
@@ -259,8 +265,10 @@ class Deliver:
 
     def _send(self, conv, propagates: bool, arguments: dict, told: dict | None, edges: BatchEdges, call: int) -> Tensor:
         values = {} if self.recorded is None else self.recorded.values[call]
-        values = {name: value[edges.ids] for name, value in values.items()}
-        return send(conv, propagates, edges, {**arguments, **values}, told)
+        for name, value in values.items():
+            dropped = F.dropout(value[edges.ids], conv.survey.dropout[call].get(name, 0.0), conv.training)
+            arguments = {**arguments, name: dropped.to(arguments[name].dtype)}  # the model may have been cast since
+        return send(conv, propagates, edges, arguments, told)
 
 
 @cache

@@ -10,6 +10,15 @@ from .files import atomic_write
 from .memory import size
 from .runs import Run
 
+_METRICS = {
+    "acc": "accuracy",
+    "f1": "micro-F1",
+    "auc": "ROC-AUC",
+    "hits": "Hits@K",
+    "mrr": "MRR",
+    "recall": "Recall@20",
+}
+
 
 def curves(run: Run, path: Path | None = None) -> Path | None:
     """Loss, scores and codebook health over the epochs as a PNG; None without an epoch or without matplotlib."""
@@ -57,8 +66,7 @@ def table(summary: dict[str, Any]) -> str:
     for key, value in summary.items():
         if key.partition("_")[0] in ("train", "val", "test"):
             split, _, metric = key.partition("_")
-            name = {"acc": "accuracy", "f1": "micro-F1", "auc": "ROC-AUC", "hits": "Hits@K"}.get(metric, metric)
-            rows.append((f"{split} {name}", f"{value:.4f}"))
+            rows.append((f"{split} {_METRICS.get(metric, metric)}", f"{value:.4f}"))
     rows.append(("best validation epoch", f"{summary['best_epoch']} of {summary['epochs']}"))
     rows.append(("time an epoch (median)", f"{summary['seconds_an_epoch']:.2f} s"))
     if "memory_peak" in summary:
@@ -113,7 +121,8 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     """Bytes of node state and of activations for a GNN of the config's size, method by method.
 
     Activations: a layer keeps its input, its messages, and the results of linear map, norm, ReLU and dropout for
-    backward, all [nodes of the batch, hidden] fp32. The input layer reads the features, so it has no state.
+    backward, all [nodes of the batch, hidden] fp32. The input layer reads the features, so it has no state unless
+    they are learnt.
     """
     from .conversion import METHODS
     from .places import choose
@@ -121,7 +130,7 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     from .train import pick_device
 
     device = pick_device("auto")
-    n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - 1, 6
+    n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - (0 if config.learned else 1), 6
     nodes = config.batch_size or -(-n // 10)
     activations = 4 * config.hidden * tensors * config.layers
     title = f"memory, {config.layers} layers of {config.hidden}"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 from .graph import Convolution, Graph
+from .hetero_graph import HeteroGraph
 from .partitioning import partition
 
 SAMPLERS = ("node", "cluster", "edge", "walk")
@@ -38,6 +39,25 @@ class PartSampler:
         if self.parts:
             groups = [torch.cat([self.parts[i] for i in group.tolist()]) for group in groups]
         return [group.sort().values for group in groups]
+
+
+class TypeSampler:
+    """Each node once an epoch: every batch gets an equal, random share of every type of nodes numbered together."""
+
+    loss_weight = None
+
+    def __init__(self, sizes: list[int], num_batches: int, shuffle: bool):
+        self.sizes, self.num_batches, self.shuffle = sizes, min(num_batches, sum(sizes)), shuffle
+
+    def draw(self, generator: Generator) -> list[Tensor]:
+        batches, start = [[] for _ in range(self.num_batches)], 0
+        for k, size in enumerate(self.sizes):
+            order = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
+            for i, share in enumerate(torch.tensor_split(order + start, self.num_batches)):
+                # tensor_split gives its first parts more: by turns, so that they do not add up
+                batches[(i + k) % self.num_batches].append(share)
+            start += size
+        return [torch.cat(shares).sort().values for shares in batches]
 
 
 class EdgeSampler:
@@ -125,3 +145,16 @@ def make(
     if name == "edge":
         return EdgeSampler(data.edge_index, n, num_batches, batch_size)
     return WalkSampler(data, num_batches, batch_size)
+
+
+def make_hetero(
+    name: str, data: HeteroData, num_batches: int, num_parts: int, shuffle: bool, cache_dir: str | Path | None
+) -> PartSampler | TypeSampler:
+    """`make` for nodes of several types, numbered together."""
+    graph = HeteroGraph.of(data)
+    if name == "node":
+        return TypeSampler(list(graph.sizes.values()), num_batches, shuffle)
+    if name == "cluster":
+        n = graph.num_nodes
+        return PartSampler(n, num_batches, shuffle, partition(graph.edge_index(), n, min(num_parts, n), cache_dir))
+    raise ValueError(f"sampler={name!r} is for Data; a HeteroData takes 'node' or 'cluster'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
@@ -15,8 +16,9 @@ from .generic import GenericConv
 from .graph import BatchGraph, Graph
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
-from .nn import StoreConv
-from .store import Neighbours
+from .pyg_code import taken_edge_tensors
+from .store_conv import StoreConv
+from .survey import Hop
 
 
 @torch.no_grad()
@@ -32,7 +34,8 @@ def new_nodes(
     Layer by layer the new nodes hear each other, and known neighbours by their features (first layer) and by the states
     in the store. The known nodes do not hear the new ones, but all degrees are those of the enlarged graph: the result
     is exact where the store's states are (see `warmup`) and every edge leads to a new node. The cost is that of one
-    batch; of the graph, only edges to the known neighbours are looked up.
+    batch; of the graph, only edges of the known neighbours are looked up. A conv that makes edges of its own (self
+    loops, a normalisation) makes them of these: what it does to an edge may depend on the degrees of its ends alone.
 
     Args:
         model: converted with a method that keeps states ("vq", "gas", "lmc"); evaluated in evaluation mode.
@@ -59,14 +62,25 @@ def new_nodes(
         raise ValueError(f"edge_index has {between_known} edges between known nodes; each needs a new one, {n}..")
     if "edge_weight" in data:
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
-    convs = [module for module in model.modules() if isinstance(module, StoreConv)]
-    generic = sorted({type(conv).__name__ for conv in convs if isinstance(conv, GenericConv)})
-    if generic:
-        raise ValueError(
-            f"the model has {', '.join(generic)}, which PyG's code computes, on edges of the known graph; add the new "
-            "nodes to the graph and use inference.layerwise"
-        )
-    if any(conv.store_use is None or (conv.store_use.store is None and conv.store_use.input is None) for conv in convs):
+    uses = []
+    for conv in (module for module in model.modules() if isinstance(module, StoreConv)):
+        if not conv.serves_new_nodes:
+            raise ValueError(
+                f"{type(conv).__name__} reads more of the graph than a node's edges; add the new nodes to the graph "
+                "and use inference.layerwise"
+            )
+        if not isinstance(conv, GenericConv):
+            uses.append(conv.store_use)
+            continue
+        uses += [hop.store_use for hop in conv.survey.hops] if conv.survey else [None]
+        taken = taken_edge_tensors(conv, Graph.of(data))
+        if taken:
+            names = " and ".join(f"data.{name}" for name in taken)
+            raise ValueError(
+                f"{type(conv).__name__} takes {names}, which new nodes' edges cannot have yet; add the new nodes to "
+                "the graph and use inference.layerwise"
+            )
+    if any(use is None or (use.store is None and use.input is None) for use in uses):
         raise ValueError(
             "the model keeps no states of the known nodes; convert (train) it with method vq, gas or lmc, or add the "
             "new nodes to the graph and use exact inference"
@@ -76,39 +90,50 @@ def new_nodes(
     graph = Graph(_surroundings(data, x, edge_index, known).to(device))
     known = known.to(device)
 
-    def answer(conv: StoreConv, value: Tensor, batch: BatchGraph) -> Tensor:
+    def answer(conv: StoreConv | Hop, value: Tensor, batch: BatchGraph, output=None) -> Tensor:
         use = conv.store_use
         states = conv.message_input(graph.x[k:-1]) if use.input is not None else use.store.pull(known)
-        csr = batch.csr(use.convolution)[0]
-        csr = csr._replace(halo=csr.halo - k)
-        neighbours = Neighbours(csr, Rows("fp32", states.float().contiguous(), None, None))
-        return conv.combine(value, conv.batch_messages(conv.message_input(value), neighbours)[0])
+        table = Rows("fp32", F.pad(states.float(), (0, 0, k, 1)), None, None)  # by the ids of `graph`
+        if output is not None:
+            return output(table, value)
+        neighbours = batch.read(table, use.convolution)
+        messages, _ = conv.batch_messages(conv.message_input(value), neighbours, conv.message_query(value))
+        return conv.combine(value, messages)
 
-    with evaluating(model):
-        batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
-        return forward(model, Batch(batch, {"x": batch.x}))
+    batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)
+    surveys = [conv.survey for conv in model.modules() if isinstance(conv, GenericConv)]
+    edges = [survey.edges for survey in surveys]
+    try:
+        with evaluating(model):
+            return forward(model, Batch(batch, {"x": batch.x}))
+    finally:  # of the known graph, which need not be made again
+        for survey, known_edges in zip(surveys, edges, strict=True):
+            survey.edges = known_edges
 
 
 def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> Data:
     """The graph of the new nodes 0..k-1, their known neighbours k.., and one last node for all others.
 
-    It has every edge to those nodes, so that the rows of any convolution normalised by degrees are right.
+    It has every edge of those nodes, so that the rows of any convolution normalised by degrees are right.
     """
     n, k, h = data.num_nodes, x.size(0), known.numel()
     local = torch.full((n + k,), k + h, device=x.device)
     local[known] = torch.arange(k, k + h, device=x.device)
     local[n:] = torch.arange(k, device=x.device)
-    edges = local[torch.cat([edge_index, _edges_to(data, known)], 1)]
+    edges = local[torch.cat([edge_index, _edges_of(data, known)], 1)]
     features = torch.cat([x, data.x[known], x.new_zeros(1, x.size(1))])
     return Data(x=features, edge_index=edges)
 
 
-def _edges_to(data: Data, nodes: Tensor) -> Tensor:
-    """[2, e] edges of the graph that lead to these nodes [h], ascending."""
+def _edges_of(data: Data, nodes: Tensor) -> Tensor:
+    """[2, e] edges of the graph at these nodes [h], ascending; of one on disk only those that lead to them.
+
+    Only PyG's own code may ask for how many leave a node, and that needs a graph in memory.
+    """
     if not isinstance(data, MappedData):
         wanted = torch.zeros(data.num_nodes, dtype=torch.bool, device=nodes.device)
         wanted[nodes] = True
-        return data.edge_index[:, wanted[data.edge_index[1]]]
+        return data.edge_index[:, wanted[data.edge_index].any(0)]
     start = data.rowptr[nodes]
     count = data.rowptr[nodes + 1] - start
     first = count.cumsum(0) - count  # where a node's edges begin in the result

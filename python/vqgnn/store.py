@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
@@ -23,6 +24,7 @@ from .transfer import Ticket, TransferEngine
 
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
+_FILLED = 32_768  # nodes at a time
 _ENCODED = ("data", "scale", "grad_data", "grad_scale")  # the tables that kernels read
 
 # A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
@@ -31,7 +33,8 @@ _HANDLES = itertools.count()
 
 
 def _record(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tensor | None = None) -> Tensor:
-    _STORES[handle].push(n_id, x, g, softmax)
+    store = _STORES[handle]
+    store.push(n_id, x, g if store.grad else None, softmax)
     return g.clone()  # an op may not return its argument; using the result keeps the call from being dropped
 
 
@@ -324,6 +327,16 @@ class NodeStore(nn.Module):
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
+    def fill(self, rows: Tensor, progress: bool = False) -> None:
+        """Push the states of all nodes, rows [n, dim], in random order."""
+        n = rows.size(0)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(rows.device).split(_FILLED)
+        for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
+            self.push(n_id, rows[n_id].to(self.device, torch.float32))
+        if self.codebook is not None:  # the first codes were given before the codebook had seen all rows
+            for n_id in torch.arange(n, device=rows.device).split(_FILLED):
+                self.recode(n_id, rows[n_id].to(self.device))
+
     @torch.no_grad()
     def recode(self, n_id: Tensor, x: Tensor) -> None:
         """Write the codes of states x [b, dim] of nodes n_id [b] by the codebook as it is; it does not learn."""
@@ -359,12 +372,23 @@ class NodeStore(nn.Module):
         """Decoded states [b, dim] fp32 of nodes n_id [b] (None: of all)."""
         if self.in_place:
             return kernels.pull_rows(self.rows, n_id, self.dim)
-        if n_id is None:
-            n_id = torch.arange(self.num_nodes)
-        halo = CSR(n_id, n_id, None, n_id.cpu())
         with torch.no_grad():
-            rows = self.neighbours(halo, halo, self.start(halo, halo)).rows
-        return kernels.pull_rows(rows, None, self.dim)
+            return kernels.pull_rows(self._brought(n_id).rows, None, self.dim)
+
+    def pull_gradients(self) -> Tensor:
+        """Decoded gradients [n, dim] fp32 of all nodes; 0 where none are kept."""
+        if not self.grad:
+            return torch.zeros(self.num_nodes, self.dim, device=self.device)
+        if self.in_place:
+            return kernels.pull_rows(self.grad_rows, None, self.dim)
+        with torch.enable_grad():  # a forward alone would not bring them
+            return kernels.pull_rows(self._brought(None).grad_rows, None, self.dim)
+
+    def _brought(self, n_id: Tensor | None) -> Neighbours:
+        """The tables' rows of nodes n_id (None: of all), on the device."""
+        n_id = torch.arange(self.num_nodes) if n_id is None else n_id
+        halo = CSR(n_id, n_id, None, n_id.cpu())
+        return self.neighbours(halo, halo, self.start(halo, halo))
 
     @torch.no_grad()
     def quantised(self, x: Tensor) -> Tensor:

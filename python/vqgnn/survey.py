@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import inspect
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .graph import BatchEdges, Convolution, Graph
-from .nn import StoreUse
 from .pyg_code import (
     Given,
     Listen,
@@ -25,6 +27,7 @@ from .pyg_code import (
     uncached,
 )
 from .store import NodeStore
+from .store_conv import StoreUse
 
 if TYPE_CHECKING:
     from .generic import GenericConv
@@ -36,19 +39,13 @@ _GIVEN_EDGES = Convolution("sum")  # the graph's edges as they are
 class Recorded:
     """Edges [2, e] (source, target) that a conv makes of the graph's, and the values that it gives each call for them.
 
-    It stands where a `Convolution` stands: the key of the matrix of that graph, which has num_nodes nodes.
+    It stands where a `Convolution` stands: the key of the matrix of that graph.
     """
 
     edge_index: Tensor
     values: list[dict[str, Tensor]]
-    num_nodes: int
 
     def edges(self, graph: Graph) -> tuple[Tensor, None]:
-        if graph.num_nodes != self.num_nodes:
-            raise ValueError(
-                f"the model was converted with a graph of {self.num_nodes} nodes, from whose edges a conv made others, "
-                f"and got one of {graph.num_nodes}; convert it with that graph"
-            )
         return self.edge_index, None
 
     def tensors(self) -> list[Tensor]:
@@ -93,7 +90,7 @@ class Survey:
     rows: names of the arguments with a row a node, and of these told: the ones that reach neighbours. records: whether
     edges and their values come from one run on the whole graph. edge_values: by call, the names of propagate's (or
     edge_updater's) arguments with a row an edge. additive: whether messages are summed. edges: which edges messages
-    follow, and valued: whether these have values.
+    follow, and valued: whether these have values. dropout: by call, with which probability training drops such a value.
     """
 
     rows: list[str]
@@ -104,6 +101,7 @@ class Survey:
     hops: list[Hop]
     edges: Convolution | Recorded | None = None
     valued: bool = False
+    dropout: list[dict[str, float]] = field(default_factory=list)
 
 
 class Call(NamedTuple):
@@ -176,9 +174,10 @@ def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
             run(conv, half, given, rows, edge_index[:, ::2], slice(None, None, 2))
             records = len(hops) > 1 or not record.agrees(half, slice(None, None, 2))
         _check_values(conv, record, rows, records)
-        if records:
-            _check_dropout(conv, record, given, rows, edge_index)
         conv.survey = Survey(names, told, records, edge_values, False, hops)
+        conv.survey.dropout = [{} for _ in edge_values]
+        if records:
+            conv.survey.dropout = _dropout(conv, record, given, rows, edge_index)
         conv.survey.additive = _additive(conv, given, record)
     if not has_rows(out, n):
         raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
@@ -240,28 +239,54 @@ def _check_values(conv: GenericConv, record: Record, rows: dict[str, Tensor], re
                 )
 
 
-def _check_dropout(
+class _KeepAll(TorchFunctionMode):
+    """Dropout that drops nothing: what it would keep is only scaled."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.dropout:
+            bound = inspect.signature(F.dropout).bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            return given["input"] / (1 - given["p"]) if given["training"] else given["input"]
+        return function(*args, **kwargs)
+
+
+def _dropout(
     conv: GenericConv, record: Record, given: Given, rows: dict[str, Tensor], edge_index: Tensor
-) -> None:
+) -> list[dict[str, float]]:
+    """By call, the probability with which training drops values of edges before it: 1 - 1 / (what it scales others by).
+
+    Repeated dropout, as APPNP's, is one of a larger probability then; which values a later hop drops is drawn anew.
+    """
     again = Record([call.edge_values for call in record.calls])
     conv.training = True  # alone: modules inside stay as they are, and keep their statistics
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _KeepAll():
             run(conv, again, given, rows, edge_index, slice(None))
     finally:
         conv.training = False
-    if not record.agrees(again):
-        raise ValueError(
-            f"{type(conv).__name__} drops out values of edges before propagate; here they come from "
-            "the whole graph, once: set its dropout to 0"
-        )
+    found = []
+    for kept, scaled in zip(record.values(), again.values(), strict=True):
+        found.append({})
+        for name, value in kept.items():
+            if torch.equal(value, scaled[name]):
+                continue
+            share = float(value.norm() / scaled[name].norm())
+            if scaled[name].shape != value.shape or not torch.allclose(scaled[name] * share, value):
+                raise ValueError(
+                    f"{type(conv).__name__} changes {name} of edges in training before propagate, and not by dropout; "
+                    "here it comes from the whole graph, once: change it in message()"
+                )
+            found[-1][name] = 1 - share
+    return found
 
 
 @torch.no_grad()
 def _additive(conv: GenericConv, given: Given, record: Record) -> bool:
     """Whether the messages of two halves of the edges add up to those of all."""
     survey, edge_index = conv.survey, flow(conv, record.calls[0].edge_index)
-    survey.edges = Recorded(edge_index, record.values(), given.graph.n_id.numel())
+    survey.edges = Recorded(edge_index, record.values())
     ids = torch.arange(edge_index.size(1), device=edge_index.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -276,6 +301,19 @@ def _additive(conv: GenericConv, given: Given, record: Record) -> bool:
     return bool(rest.abs().max() <= 1e-4 * whole.abs().max())
 
 
+def settle_again(conv: GenericConv, given: Given) -> None:
+    """For a batch of another graph than the last: a conv with edges of its own makes them of that graph's."""
+    edges = conv.survey.edges
+    if isinstance(edges, Recorded) and not any(edges is known for known in given.graph.graph.recorded):
+        modes = {module: module.training for module in conv.modules()}
+        conv.eval()
+        try:
+            settle(conv, given)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
 def settle(conv: GenericConv, given: Given) -> None:
     """Fix which edges messages follow: for edges of the conv's own, by running it on the whole graph once."""
     graph, survey, name = given.graph.graph, conv.survey, type(conv).__name__
@@ -283,7 +321,7 @@ def settle(conv: GenericConv, given: Given) -> None:
     if survey.records or conv.flow != "source_to_target":
         if graph.edge_index is None:
             raise ValueError(f"{name} makes edges of its own, for which it needs data.edge_index in memory")
-        recorded = Recorded(flow(conv, graph.edge_index), [], graph.num_nodes)
+        recorded = Recorded(flow(conv, graph.edge_index), [])
         if survey.records:
             recorded = _record(conv, given)
         survey.edges = next((known for known in graph.recorded if known.equals(recorded)), recorded)
@@ -302,5 +340,9 @@ def _record(conv: GenericConv, given: Given) -> Recorded:
         run(conv, record, given, rows, graph.edge_index, slice(None))
     edge_index = record.calls[0].edge_index
     if not all(torch.equal(call.edge_index, edge_index) for call in record.calls[1:]):
-        raise ValueError(f"{type(conv).__name__} propagates over several sets of edges; give each a conv of its own")
-    return Recorded(flow(conv, edge_index), record.values(), graph.num_nodes)
+        raise ValueError(
+            f"{type(conv).__name__} propagates over several sets of edges, which works where data is a HeteroData, if "
+            "of one node and one edge type: vqgnn.convert(model, data, forward=lambda model, batch: "
+            "model(batch['node'].x, batch['node', 'to', 'node'].graph))"
+        )
+    return Recorded(flow(conv, edge_index), record.values())

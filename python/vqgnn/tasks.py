@@ -10,11 +10,12 @@ from torch_geometric.data import Data
 from .config import Config, InputError
 from .datasets import Dataset
 from .inference import device_of
-from .links import LinkLoader, LinkModel, hits
+from .links import LinkLoader, LinkModel, hits, mrr, recall
 from .loader import Batch, BatchLoader
 
 SPLITS = ("train", "val", "test")
 _ROWS = 65_536  # logits at a time
+_RECALL_K = 20
 _IGNORED = -100  # label of nodes that take no part in the loss
 
 
@@ -68,21 +69,34 @@ class NodeTask:
 
 
 class LinkTask:
-    """Prediction of edges by ogbl-collab's protocol: binary cross-entropy of edges and drawn pairs, Hits@K."""
+    """Prediction of edges: binary cross-entropy of edges and drawn pairs.
 
-    metric = "hits"
+    Scores are Hits@K as ogbl-collab's and, where each edge to find has negatives of its own, the mean reciprocal rank
+    as ogbl-citation2's; or Recall@20 of a recommender's users, as LightGCN's.
+    """
 
     def __init__(self, config: Config, dataset: Dataset):
         self.links, self.k, self.head = dataset.links, config.hits, config.head
         self.out_channels = config.hidden
+        self.metric = self.links.metrics[0] if config.metric == "auto" else config.metric
+        if self.metric not in self.links.metrics:
+            needed = {
+                "hits": "edges to find among pairs that are none",
+                "mrr": "--links with negatives of every edge's own (val_neg_dst, test_neg_dst)",
+                "recall": "--links of a recommender (test_pos, num_users)",
+            }[self.metric]
+            raise InputError(f"--metric {self.metric} needs {needed}; these links have {', '.join(self.links.metrics)}")
+        if self.metric == "recall" and self.head != "dot":
+            raise InputError(f"--head {self.head} cannot rank all items for --metric recall; use --head dot")
 
     def with_head(self, model: nn.Module) -> nn.Module:
         return LinkModel(model, self.out_channels, self.head)
 
     def loader(self, config: Config, data: Data, device: torch.device) -> BatchLoader:
         """Batches of the edges to learn, for a model on this device."""
-        edges = self.links.train.to(data.x.device)
-        return LinkLoader(data, edges, config.batch_size, config.whole, seed=config.seed, device=device)
+        edges, destinations = self.links.train.to(data.x.device), self.links.destinations(data.num_nodes)
+        options = {"destinations": destinations, "seed": config.seed, "device": device}
+        return LinkLoader(data, edges, config.batch_size, config.whole, **options)
 
     def count(self, data: Data) -> int:
         """Terms of the full-batch loss: the edges, and a drawn pair each."""
@@ -95,16 +109,23 @@ class LinkTask:
 
     @torch.no_grad()
     def scores(self, model: LinkModel, z: Tensor, data: Data) -> dict[str, float]:
-        """`val_hits` and `test_hits` of exact outputs z [n, f]."""
+        """`val_hits`, `test_hits`, and `_mrr` where it can be had, or `_recall` alone, of exact outputs z [n, f]."""
         links, device = self.links.to(z.device), device_of(model, data)
+        if self.metric == "recall":  # an item of the test was not met before, nor one of validation in training
+            met = {"val": links.train, "test": torch.cat([links.train, links.val], 1)}
+            sizes = links.num_users, _RECALL_K, device
+            return {f"{split}_recall": recall(z, getattr(links, split), known, *sizes) for split, known in met.items()}
 
         def score(pairs: Tensor) -> Tensor:
             return torch.cat([model.score(*z[part].to(device)) for part in pairs.split(_ROWS, 1)])
 
-        return {
-            "val_hits": hits(score(links.val), score(links.val_negatives), self.k),
-            "test_hits": hits(score(links.test), score(links.test_negatives), self.k),
-        }
+        scores = {}
+        for split in ("val", "test"):
+            positive, negative = score(getattr(links, split)), score(getattr(links, f"{split}_negatives"))
+            scores[f"{split}_hits"] = hits(positive, negative, self.k)
+            if links.own_negatives:
+                scores[f"{split}_mrr"] = mrr(positive, negative.view(len(positive), -1))
+        return scores
 
     def arrays(self, z: Tensor) -> dict[str, Tensor]:
         """What `vqgnn predict` writes."""

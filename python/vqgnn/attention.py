@@ -1,0 +1,220 @@
+"""Attention over edges: convs whose messages a softmax weighs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
+
+from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
+
+from .graph import BatchGraph, Convolution
+from .store import Neighbours
+from .store_conv import StoreConv, require
+
+
+def entries(csr: CSR, rows: Rows) -> Tensor:
+    """[h] rows of the table, one a halo entry."""
+    return torch.arange(len(rows.data), device=rows.data.device) if csr.halo is None else csr.halo
+
+
+def require_attention(conv: Attention) -> None:
+    require(conv, conv.flow == "source_to_target", "flow", conv.flow, "flow='source_to_target'")
+    require(conv, conv.aggr in ("sum", "add"), "aggr", conv.aggr, "aggr='sum'")
+    require(
+        conv, isinstance(conv.in_channels, int), "in_channels", conv.in_channels, "one number for source and target"
+    )
+    require(conv, conv.edge_dim is None, "edge_dim", conv.edge_dim, "edge_dim=None")
+
+
+class Attention(StoreConv):
+    """Mix-in: a softmax over edges weighs the messages. Has `heads` and `dropout`.
+
+    Gradients reach the weights through the batch's own rows, from messages to the batch alone or, with a gradient store
+    (`convert(..., grad=True)`), to out-of-batch nodes too.
+    """
+
+    fixed = False
+    input_slices = "bipartite"
+
+    @property
+    def softmax_heads(self) -> int:
+        return self.heads
+
+    def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
+        csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
+        source = self.message_input(torch.cat([x, halo.to(x.dtype)]))
+        return self.batch_messages(source, Neighbours(csr, None, csr_t), self.message_query(x))[0]
+
+    def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
+        """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""
+        csr, rows, csr_t, grad_rows, _, softmax = neighbours
+        if rows is not None and rows.codebook is not None:
+            # learns between forward and backward, which must read the same rows
+            rows = rows._replace(codebook=rows.codebook.clone())
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**31, (), device=source.device) if dropout else 0
+        out, lse = attention_aggregate(
+            source, csr, query, heads=self.heads, rows=rows, csr_t=csr_t, grad_rows=grad_rows, halo_stats=softmax,
+            dropout=dropout, seed=seed, **options,
+        )  # fmt: skip
+        return out.flatten(1), lse
+
+    def join_heads(self, messages: Tensor) -> Tensor:
+        """[b, heads * out_channels], or with concat=False their mean over the heads."""
+        return messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)
+
+
+class GATConv(Attention, pyg.GATConv):
+    """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
+
+    The store keeps z.
+    """
+
+    propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
+    edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
+
+    def convolution(self) -> Convolution:
+        require_attention(self)
+        return Convolution("attention", add_self_loops=self.add_self_loops)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        csr, rows, csr_t, grad_rows, rows_t, _ = neighbours
+        values = source.view(-1, self.heads, self.out_channels)
+        key = (values * self.att_src).sum(2)
+        query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)
+        if rows is not None:
+            key = torch.cat([key, row_scores(rows, entries(csr, rows), self._score_weight(self.att_src))])
+        if grad_rows is not None:
+            query = torch.cat([query, row_scores(rows_t, entries(csr_t, rows_t), self._score_weight(self.att_dst))])
+        return self.attend(source, neighbours, query, key=key, mode="additive", negative_slope=self.negative_slope)
+
+    def _score_weight(self, attention: Tensor) -> Tensor:
+        """[heads * out_channels, heads]: z @ it is z's score by head."""
+        by_head = attention[0, :, :, None] * torch.eye(self.heads, device=attention.device)[:, None, :]
+        return by_head.flatten(0, 1).detach()
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        out = self.join_heads(messages)
+        if self.res is not None:
+            out = out + self.res(x)
+        return out if self.bias is None else out + self.bias
+
+
+class GATv2Conv(Attention, pyg.GATv2Conv):
+    """PyG's GATv2Conv (Brody et al.): M_i = sum_j softmax_j(a . leaky_relu(W_l x_j + W_r x_i)) W_l x_j.
+
+    The store keeps W_l x; with gradients and without share_weights a second one keeps W_r x.
+    """
+
+    propagate_type: ClassVar = {"x": PairTensor, "alpha": Tensor}
+    edge_updater_type: ClassVar = {"x": PairTensor, "edge_attr": OptTensor}
+
+    @property
+    def query_channels(self) -> int:
+        return 0 if self.share_weights else self.heads * self.out_channels
+
+    def convolution(self) -> Convolution:
+        require_attention(self)
+        return Convolution("attention", add_self_loops=self.add_self_loops)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        return self.lin_l(x)
+
+    def message_query(self, x: Tensor) -> Tensor | None:
+        return None if self.share_weights else self.lin_r(x)
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if query is None:  # what neighbours are told is what they are asked by
+            query = source[: neighbours.csr.rowptr.numel() - 1]
+            if neighbours.grad_rows is not None:
+                rows = neighbours.rows_t
+                query = torch.cat([query, pull_rows(rows, entries(neighbours.csr_t, rows), source.size(1))])
+        query = query.view(-1, self.heads, self.out_channels)
+        options = {"attention": self.att[0], "negative_slope": self.negative_slope}
+        return self.attend(source, neighbours, query, mode="gatv2", **options)
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        out = self.join_heads(messages)
+        if self.res is not None:
+            out = out + self.res(x)
+        return out if self.bias is None else out + self.bias
+
+
+class TransformerConv(Attention, pyg.TransformerConv):
+    """PyG's TransformerConv (Shi et al.): M_i = sum_j softmax_j(<W_q x_i, W_k x_j> / sqrt(F)) W_v x_j, by head.
+
+    The store keeps W_k x and W_v x, head by head side by side: to the kernel that is one row of 2 F channels, of which
+    the query, padded with zeros, sees the first half. With gradients a second store keeps W_q x.
+    """
+
+    propagate_type: ClassVar = {"query": Tensor, "key": Tensor, "value": Tensor, "edge_attr": OptTensor}
+
+    @property
+    def query_channels(self) -> int:
+        return self.heads * self.out_channels
+
+    def convolution(self) -> Convolution:
+        require_attention(self)
+        return Convolution("attention", add_self_loops=False)
+
+    def message_input(self, x: Tensor) -> Tensor:
+        parts = (lin(x).view(-1, self.heads, self.out_channels) for lin in (self.lin_key, self.lin_value))
+        return torch.cat([*parts], 2).flatten(1)
+
+    def message_query(self, x: Tensor) -> Tensor:
+        return self.lin_query(x)
+
+    def batch_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        query = F.pad(query.view(-1, self.heads, self.out_channels), (0, self.out_channels))
+        return self.attend(source, neighbours, query, mode="dot", scale=self.out_channels**-0.5)
+
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        values = messages.view(-1, self.heads, 2 * self.out_channels)[:, :, self.out_channels :]
+        out = self.join_heads(values.flatten(1))
+        if not self.root_weight:
+            return out
+        own = self.lin_skip(x)
+        if self.lin_beta is None:
+            return out + own
+        beta = self.lin_beta(torch.cat([out, own, out - own], 1)).sigmoid()
+        return beta * own + (1 - beta) * out
+
+
+@torch.no_grad()
+def limit_attention(model: nn.Module, lipschitz: float) -> None:
+    """Scale attention vectors, in place, to norm at most `lipschitz` by head; call it after every optimiser step.
+
+    A score then moves by at most `lipschitz` times what a row z = W x does, and by that much a stale or quantised row
+    can mislead it (VQ-GNN, theorem 2 and appendix E). Of GATConv and GATv2Conv, PyG's own included; the weights stay
+    ordinary ones. The scores of other attention, as TransformerConv's inner products, have no such constant.
+
+    Raises:
+        ValueError: lipschitz <= 0, or a model without such convs.
+    """
+    vectors = []
+    for conv in model.modules():
+        if isinstance(conv, pyg.GATConv):
+            vectors += [conv.att_src, conv.att_dst]
+        elif isinstance(conv, pyg.GATv2Conv):
+            vectors.append(conv.att)
+    if not lipschitz > 0 or not vectors:
+        raise ValueError(
+            f"lipschitz={lipschitz!r} for a {type(model).__name__} of {len(vectors)} attention vectors: it must be "
+            "above 0, and the model have GATConv or GATv2Conv"
+        )
+    for vector in vectors:
+        vector.mul_((lipschitz / vector.norm(dim=-1, keepdim=True)).clamp(max=1))

@@ -1,0 +1,44 @@
+"""How a model is called, wherever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data, HeteroData
+
+from .loader import Batch
+
+
+def call_model(model: nn.Module, batch: Batch | HeteroData) -> Tensor | dict[str, Tensor]:
+    """The default way to call a model on a batch."""
+    if isinstance(batch, HeteroData):
+        return model(batch.x_dict, batch.graph_dict)
+    return model(batch.x, batch.graph)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode restored afterwards. Eager: each pass would be compiled anew."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module, data: Data) -> torch.device:
+    """Where the model computes."""
+    found = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
+    return next(found, None) or data.x.device
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether rows are the same but for rounding."""
+    tolerance = max(1e-4, 16 * torch.finfo(a.dtype).eps)
+    return bool((a - b).norm() <= tolerance * a.norm())

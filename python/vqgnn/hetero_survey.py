@@ -1,0 +1,217 @@
+"""What a model does with a heterogeneous graph, found by running it on a few nodes of every type."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .calling import alike, evaluating
+from .graph import not_an_edge_index
+from .hetero_graph import BatchRelation, HeteroGraph, Relation
+from .pyg_code import flat, has_rows
+from .relation_conv import Form, RelationConv, messages_only, run_code
+
+_PROBE_NODES = 5  # of the smallest type; every other has one more, so that rows tell their type
+
+
+@dataclass(eq=False)
+class Call:
+    """A conv's call. source, target: numbers of the rows that it is given, the same where they are the same tensor.
+
+    source_dim: channels of what neighbours are told. needs: the convs whose results these rows come from, with no other
+    conv between. level: how many convs, one after the other, lie up to this one's result.
+    """
+
+    relation: Relation
+    source: int
+    target: int
+    source_is_x: bool
+    target_is_x: bool
+    source_dim: int
+    target_dim: int
+    out: Tensor  # [0, ...] of the result
+    needs: set[RelationConv]
+    level: int
+
+
+class Structure:
+    """The calls of a model's convs, in their order, and what its result needs of them.
+
+    splits: whether, but for messages, it computes the same for some nodes with and without the others.
+    """
+
+    def __init__(self, model: nn.Module, graph: HeteroGraph, forward: Callable, examines: bool = False):
+        self.graph, self.examines = graph, examines
+        self.calls: dict[RelationConv, Call] = {}
+        self._seen: list[Tensor] = []  # the tensors whose place is their number
+        counts = self._sizes = self._counts()
+        with evaluating(model), torch.enable_grad():
+            self._out = self._run(model, forward, counts)
+            self.needs = self._needs(_rows_of(self._out))
+            together, self.examines = self._rows, False
+            with torch.no_grad():
+                self._run(model, forward, {k: min(n, max(2, n // 2)) for k, n in counts.items()})
+        self.splits = all(alike(a[: len(b)], b) for a, b in zip(together, self._rows, strict=True))
+        self.levels = max((call.level for call in self.calls.values()), default=0)
+        self._seen.clear()
+
+    def _counts(self) -> dict[str, int]:
+        sizes = sorted(self.graph.sizes.items(), key=lambda item: item[1])
+        return {node_type: min(n, _PROBE_NODES + k) for k, (node_type, n) in enumerate(sizes)}
+
+    def output_type(self) -> str | None:
+        """The node type of what the model returns; None where that is a dict by type."""
+        out, counts = self._out, self._sizes
+        if isinstance(out, dict):
+            return None
+        found = [node_type for node_type, n in counts.items() if isinstance(out, Tensor) and has_rows(out, n)]
+        if len(found) != 1:
+            came = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"the model returned {came} for {counts} nodes, which is not clearly a row for each node of a type; "
+                "return a dict {node_type: rows}"
+            )
+        return found[0]
+
+    def _run(self, model: nn.Module, forward: Callable, counts: dict[str, int]) -> Tensor | dict[str, Tensor]:
+        self._generator = torch.Generator().manual_seed(0)
+        self._rows: list[Tensor] = []  # what the model computes between messages
+        self._called: list[RelationConv] = []
+        self._outputs: list[Tensor] = []
+        x = self._x = {}
+        for node_type, rows in self.graph.x_dict.items():
+            leaf = rows[: counts[node_type]].clone()
+            x[node_type] = (leaf + self._noise(leaf) / 2).requires_grad_() * 1  # no leaf: models may work in place
+        n_id = {k: torch.arange(counts[k], device=rows.device) for k, rows in self.graph.x_dict.items()}
+        try:
+            out = forward(model, self.graph.batch(n_id, x=x, run=self))
+        except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
+            raise not_an_edge_index("a function of torch_geometric.utils") from error
+        self._rows += [rows.detach() for rows in _rows_of(out)]
+        return out
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """The same whatever the number of rows."""
+        most = _PROBE_NODES + len(self.graph.sizes)
+        return torch.rand(most, *like.shape[1:], generator=self._generator)[: len(like)].to(like)
+
+    def __call__(self, conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRelation) -> Tensor:
+        name, relation = type(conv).__name__, graph.graph
+        if conv in self._called:
+            raise ValueError(f"{name} is called twice in one forward; give each call a conv of its own")
+        told = conv.message_input(source)
+        if self.examines:
+            conv.form = None if conv.fixed else _examined(conv, source, target, relation)
+        self._rows += [source.detach(), target.detach()]
+        with torch.no_grad():
+            if conv.fixed:
+                out = conv.combine(target, told.new_zeros(len(target), told.size(1)))
+            else:
+                none = torch.empty(2, 0, dtype=torch.int64, device=source.device)
+                values = {key: relation.edge_tensors[key][:0] for key in conv.form.edge_values}
+                out = run_code(conv, source, target, none, values)
+        self._rows.append(out)
+        # random, as without messages all nodes may be alike, and statistics over them would not show
+        out = self._noise(out)
+        if conv not in self.calls:
+            needs = self._needs([source, target])
+            self.calls[conv] = Call(
+                relation, self._number(told), self._number(target), told is graph.x,
+                target is self._x[relation.edge_type[2]],
+                told.size(1), target.size(1), out[:0], needs, 1 + max((self.calls[c].level for c in needs), default=0),
+            )  # fmt: skip
+        self._called.append(conv)
+        self._outputs.append(out.requires_grad_())
+        return out * 1  # not the leaf itself: models may work in place
+
+    def _number(self, tensor: Tensor) -> int:
+        for number, seen in enumerate(self._seen):
+            if seen is tensor:
+                return number
+        self._seen.append(tensor)
+        return len(self._seen) - 1
+
+    def _needs(self, values: list[Tensor]) -> set[RelationConv]:
+        """The convs that these values depend on, with no other between; all so far where that cannot be told."""
+        if not self._outputs:
+            return set()
+        if not all(value.requires_grad for value in values):  # cut off from their graph
+            return set(self._called)
+        try:
+            total = sum(value.float().sum() for value in values)
+            found = torch.autograd.grad(total, self._outputs, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # a checkpoint is in the way
+            return set(self._called)
+        return {conv for conv, g in zip(self._called, found, strict=True) if g is not None}
+
+
+def _rows_of(out: object) -> list[Tensor]:
+    """Of a model's result, by type or not; PyG's models return None of types that they do not update."""
+    return [rows for rows in (out.values() if isinstance(out, dict) else [out]) if isinstance(rows, Tensor)]
+
+
+def _examined(conv: RelationConv, source: Tensor, target: Tensor, relation: Relation) -> Form:
+    try:
+        return _examine(conv, source, target, relation)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(conv).__name__} of {relation.edge_type} cannot run on mini-batches: called as conv((x_source, "
+            f"x_target), edge_index) on a few nodes, its own code failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+@torch.enable_grad()
+def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relation) -> Form:
+    name, alone = f"{type(conv).__name__} of {relation.edge_type}", source is target
+    device, s, t = source.device, len(source), len(target)
+    parameters = inspect.signature(conv.pyg_class.forward).parameters
+    takes = [key for key in relation.edge_tensors
+             if key in parameters and not (key == "edge_attr" and getattr(conv, "edge_dim", conv) is None)]  # fmt: skip
+    pairs = torch.cartesian_prod(torch.arange(s, device=device), torch.arange(t, device=device)).t()
+    if relation.square:
+        pairs = pairs[:, pairs[0] != pairs[1]]
+    edge_index = pairs.repeat(1, 2)
+    values = {key: relation.edge_tensors[key] for key in takes}
+    values = {key: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point()) for key, v in values.items()}
+    source, target = (rows.detach().clone().requires_grad_() for rows in (source, target))
+    sent: list[Tensor] = []
+    out = run_code(conv, source, target, edge_index, values, sent.append)
+    if not sent:
+        raise ValueError(f"{name} does not call propagate, so that it cannot read a node-state store")
+    if not has_rows(out, t):
+        raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
+    if alone:
+        single = conv.pyg_class.forward(conv, source, edge_index, **values)
+        pair = run_code(conv, source, source, edge_index, values)
+        if single.shape != pair.shape or not alike(pair, single):
+            raise ValueError(f"{name} gives another result for the pair (x, x) than for x; use a conv for such pairs")
+    told = read = None
+    if any(messages.requires_grad for messages in sent):
+        total = sum(messages.sum() for messages in sent)
+        told, read = torch.autograd.grad(total, [source, target], allow_unused=True)
+    if told is None:
+        raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
+
+    def messages(kept: Tensor | slice) -> Tensor:
+        some = {key: value[kept] for key, value in values.items()}
+        visit = messages_only(conv, len(sent))
+        return run_code(conv, source, target, edge_index[:, kept], some, visit).detach().float()
+
+    whole = messages(slice(None))
+    first = max(1, t // 2)
+    if not alike(whole[:first], messages(edge_index[1] < first)[:first]):
+        raise ValueError(
+            f"{name} makes what a node is sent depend on edges into other nodes, of which a batch has not all; "
+            "normalise once, into data's edge_weight, before vqgnn.convert"
+        )
+    additive, none = True, messages(slice(0, 0))
+    for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
+        rest = whole - messages(half) - messages(~half) + none
+        additive &= bool(rest.norm() <= 1e-4 * whole.norm())
+    return Form(takes, target.size(1), [flat(conv, messages).size(1) for messages in sent], additive, read is not None)

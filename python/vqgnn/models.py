@@ -1,0 +1,75 @@
+"""Models that PyG's `torch_geometric.nn.models` lack, in the form of those."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import Tensor, nn
+from torch_geometric.nn import ChebConv, GATConv, TransformerConv
+from torch_geometric.nn.models.basic_gnn import BasicGNN
+
+from .global_attention import GlobalAttention
+
+
+class Transformer(BasicGNN):
+    """Layers of PyG's TransformerConv (Shi et al.), whose heads share the hidden channels as in PyG's GAT."""
+
+    supports_edge_weight: Final[bool] = False
+    supports_edge_attr: Final[bool] = False
+    supports_norm_batch: Final[bool]
+
+    def init_conv(self, in_channels: int, out_channels: int, heads: int = 1, **kwargs) -> nn.Module:
+        concat = not getattr(self, "_is_conv_to_out", False)
+        if concat and out_channels % heads:
+            raise ValueError(f"heads={heads} must divide the {out_channels} channels of a hidden layer")
+        channels = out_channels // heads if concat else out_channels
+        return TransformerConv(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+
+
+class Cheb(BasicGNN):
+    """Layers of PyG's ChebConv (Defferrard et al.), each a polynomial of K terms."""
+
+    supports_edge_weight: Final[bool] = True
+    supports_edge_attr: Final[bool] = False
+    supports_norm_batch: Final[bool]
+
+    def init_conv(self, in_channels: int, out_channels: int, K: int = 3, **kwargs) -> nn.Module:
+        return ChebConv(in_channels, out_channels, K, **kwargs)
+
+
+class Hybrid(BasicGNN):
+    """Layers that add a GATConv's messages and global attention over codewords (VQ-GNN, tables 5 and 8).
+
+    In the last layer the heads are averaged, as in PyG's GAT.
+    """
+
+    supports_edge_weight: Final[bool] = False
+    supports_edge_attr: Final[bool] = False
+    supports_norm_batch: Final[bool]
+
+    def init_conv(self, in_channels: int, out_channels: int, heads: int = 1, **kwargs) -> nn.Module:
+        concat = not getattr(self, "_is_conv_to_out", False)
+        if concat and out_channels % heads:
+            raise ValueError(f"heads={heads} must divide the {out_channels} channels of a hidden layer")
+        channels = out_channels // heads if concat else out_channels
+        conv = GATConv(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+        return _BesideGlobal(conv, in_channels, self.hidden_channels, out_channels, heads)
+
+
+class _BesideGlobal(nn.Module):
+    """conv(x, graph) + what global attention makes of x."""
+
+    def __init__(self, conv: GATConv, in_channels: int, hidden: int, out_channels: int, heads: int):
+        super().__init__()
+        self.conv = conv
+        self.into = nn.Linear(in_channels, hidden)
+        self.attention = GlobalAttention(hidden, heads)
+        self.out = nn.Linear(hidden, out_channels, bias=False)
+
+    def reset_parameters(self) -> None:
+        attention = self.attention
+        for module in (self.conv, self.into, self.out, attention.query, attention.key_value, attention.out):
+            module.reset_parameters()
+
+    def forward(self, x: Tensor, graph: object) -> Tensor:
+        return self.conv(x, graph) + self.out(self.attention(self.into(x)))
