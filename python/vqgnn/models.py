@@ -11,19 +11,26 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from .global_attention import GlobalAttention
 
 
-class Transformer(BasicGNN):
-    """Layers of PyG's TransformerConv (Shi et al.), whose heads share the hidden channels as in PyG's GAT."""
+class _Heads(BasicGNN):
+    """Models of attention: heads share the hidden channels, as in PyG's GAT, and those of the last layer are averaged."""
 
     supports_edge_weight: Final[bool] = False
     supports_edge_attr: Final[bool] = False
     supports_norm_batch: Final[bool]
 
-    def init_conv(self, in_channels: int, out_channels: int, heads: int = 1, **kwargs) -> nn.Module:
+    def attention(self, kind: type[nn.Module], in_channels: int, out_channels: int, heads: int, **kwargs) -> nn.Module:
         concat = not getattr(self, "_is_conv_to_out", False)
         if concat and out_channels % heads:
             raise ValueError(f"heads={heads} must divide the {out_channels} channels of a hidden layer")
         channels = out_channels // heads if concat else out_channels
-        return TransformerConv(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+        return kind(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+
+
+class Transformer(_Heads):
+    """Layers of PyG's TransformerConv (Shi et al.)."""
+
+    def init_conv(self, in_channels: int, out_channels: int, heads: int = 1, **kwargs) -> nn.Module:
+        return self.attention(TransformerConv, in_channels, out_channels, heads, **kwargs)
 
 
 class Cheb(BasicGNN):
@@ -37,22 +44,11 @@ class Cheb(BasicGNN):
         return ChebConv(in_channels, out_channels, K, **kwargs)
 
 
-class Hybrid(BasicGNN):
-    """Layers that add a GATConv's messages and global attention over codewords (VQ-GNN, tables 5 and 8).
-
-    In the last layer the heads are averaged, as in PyG's GAT.
-    """
-
-    supports_edge_weight: Final[bool] = False
-    supports_edge_attr: Final[bool] = False
-    supports_norm_batch: Final[bool]
+class Hybrid(_Heads):
+    """Layers that add a GATConv's messages and global attention over codewords (VQ-GNN, tables 5 and 8)."""
 
     def init_conv(self, in_channels: int, out_channels: int, heads: int = 1, **kwargs) -> nn.Module:
-        concat = not getattr(self, "_is_conv_to_out", False)
-        if concat and out_channels % heads:
-            raise ValueError(f"heads={heads} must divide the {out_channels} channels of a hidden layer")
-        channels = out_channels // heads if concat else out_channels
-        conv = GATConv(in_channels, channels, heads, concat, dropout=self.dropout.p, **kwargs)
+        conv = self.attention(GATConv, in_channels, out_channels, heads, **kwargs)
         return _BesideGlobal(conv, in_channels, self.hidden_channels, out_channels, heads)
 
 
