@@ -12,7 +12,7 @@ from .global_attention import GlobalAttention
 
 
 class _Heads(BasicGNN):
-    """Models of attention: heads share the hidden channels, as in PyG's GAT, and those of the last layer are averaged."""
+    """Models of attention: heads share the hidden channels, as in PyG's GAT; those of the last layer are averaged."""
 
     supports_edge_weight: Final[bool] = False
     supports_edge_attr: Final[bool] = False
