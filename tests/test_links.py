@@ -241,7 +241,7 @@ def test_mrr_by_a_learnt_embedding(method, ring):
     """Nothing but who is joined to whom tells nodes apart."""
     codec = "pq:d=4,k=32" if method == "vq" else None
     more = {"features": "learned:8", "metric": "mrr", "method": method, "codec": codec, "model": "sage"}
-    trainer = make(**ring, **more, lr=0.05, dropout=0.0, average=0.5, schedule="constant")
+    trainer = make(**ring, **more, optimizer="adam", lr=0.05, dropout=0.0, average=0.5, schedule="constant")
     start = trainer.model.gnn.embedding.weight.detach().clone()
     if method == "vq":  # the first conv's input is learnt, so it has a store too
         assert list(trainer.stores) == ["gnn.gnn.convs.0", "gnn.gnn.convs.1"]

@@ -142,8 +142,9 @@ def test_learning_rate_course():
 
 
 def test_options_reach_what_they_are_for():
-    trainer = make(grad="off", whiten=False, optimizer="rmsprop")
-    assert isinstance(trainer.optimizer, torch.optim.RMSprop)
+    assert isinstance(make().optimizer, torch.optim.RMSprop)
+    trainer = make(grad="off", whiten=False, optimizer="adam")
+    assert isinstance(trainer.optimizer, torch.optim.Adam)
     (store,) = trainer.stores.values()
     assert not store.grad and not store.codebook.whiten
     assert make(model="gat", heads=2, grad="on").stores["convs.1"].grad

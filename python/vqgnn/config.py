@@ -90,7 +90,7 @@ class Config:
         False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
     )
     dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
-    optimizer: Literal["adam", "rmsprop"] = option("adam", "Optimizer; VQ-GNN's paper takes RMSprop.")
+    optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
     warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
