@@ -67,7 +67,7 @@ def test_validation_chooses_the_step_size(harness):
 
 
 @pytest.mark.parametrize("method", ["full", "vq", "gas", "mlp"])
-def test_our_rows(harness, method):
+def test_our_rows(harness, method, monkeypatch):
     settings, results, worker = harness
     model = "" if settings.METHODS[method].shared else "gcn"
     run = settings.Run("tiny", model, method, 0, 0.01, (("hidden", 8),))
@@ -75,6 +75,9 @@ def test_our_rows(harness, method):
     assert 0 <= row["test"] <= 1 and row["cpu_seconds_epoch"] > 0
     assert row["val"] == max(point["val"] for point in curve) and len(curve) == run.options["epochs"]
     assert (row["state_bytes"] > 0) == (method in ("vq", "gas"))
+    results.append(run, row, curve)
+    assert not results.read_curves(), "of those that are timed alone"
+    monkeypatch.setattr(results, "timed", lambda label: run)
     results.append(run, row, curve)
     results.append(run, row, curve)
     kept = results.read()[run.config, 0]

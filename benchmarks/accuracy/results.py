@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from settings import Cell, Run, trials
+from settings import TIMED, Cell, Run, timed, trials
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 ROWS, CURVES = FOLDER / "accuracy.csv", FOLDER / "accuracy_curves.csv"
@@ -43,12 +43,12 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def append(run: Run, row: dict, curve: list[dict]) -> None:
-    """Add a finished run; the course of seed 0 is kept too."""
+    """Add a finished run; its course too, if it is one of those that are timed."""
     about = {"dataset": run.dataset, "model": run.model, "method": run.method, "seed": run.seed, "config": run.config}
     about["lr"], about["epochs"] = f"{run.lr:g}", run.options["epochs"]
     about["changes"] = ";".join(f"{key}={value}" for key, value in run.changes)
     _append(ROWS, COLUMNS, [about | row])
-    if run.seed == 0:
+    if (run.config, run.seed) in {(timed(label).config, 0) for label in TIMED}:
         _append(CURVES, CURVE_COLUMNS, [{"config": run.config, "seed": 0, **point} for point in curve])
 
 
