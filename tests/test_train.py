@@ -75,10 +75,39 @@ def test_bounded_and_aligned_attention():
     assert [conv.store_use.align for conv in trainer.model.convs] == [False, True]
 
 
+@pytest.mark.parametrize("model", ["gcn", "gat", "sage", "transformer", "hybrid", "cheb"])
+@pytest.mark.parametrize("method", ["vq", "gas", "full"])
+def test_residual_models_without_batchnorm(model, method):
+    """--residual adds W x beside every conv; with --norm layer a node's output depends on no other node of a batch."""
+    trainer = make(model=model, method=method, codec=None, norm="layer", residual=True)
+    norm = trainer.model.norms[0]
+    assert (type(norm).__name__, norm.mode) == ("LayerNorm", "node")
+    trainer.train_epoch()
+    assert trainer.evaluate()["train_acc"] > 0.3
+    first = trainer.averaged.module.convs[0]
+    x, edge_index = trainer.data.x, trainer.data.edge_index
+    with torch.no_grad():
+        own = first.conv(x, edge_index) + x @ first.skip.weight.T
+        torch.testing.assert_close(first(x, edge_index), own)
+
+
+def test_dropout_of_attention_is_its_own_option():
+    for options, want in (({}, 0.0), ({"attention_dropout": 0.4}, 0.4)):
+        trainer = make(model="gat", dropout=0.5, **options)
+        assert {conv.dropout for conv in trainer.model.convs} == {want} and trainer.model.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("norm, kind", [("batch", "BatchNorm"), ("layer", "LayerNorm"), ("none", "Identity")])
+def test_norms(norm, kind):
+    assert type(make(norm=norm).model.norms[0]).__name__ == kind
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"lipschitz": 2.0}, "--lipschitz 2.0 is for --model gat"),
+        ({"lipschitz": 2.0}, "--lipschitz 2.0 is for --model gat, gatv2 or hybrid"),
+        ({"attention_dropout": 0.1}, "--attention-dropout 0.1 is for --model gat, gatv2"),
+        ({"model": "mlp", "residual": True}, "--residual is for models with a graph"),
         ({"model": "gat", "lipschitz": 0.0}, "must be above 0"),
         ({"align": True}, "attention that reads stored rows, not GCNConv"),
         ({"model": "gat", "method": "drop", "codec": None, "align": True}, "with method='drop'"),

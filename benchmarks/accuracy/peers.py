@@ -27,7 +27,7 @@ from vqgnn.config import Config
 from vqgnn.datasets import Dataset
 from vqgnn.partitioning import partition
 from vqgnn.tasks import NodeTask
-from vqgnn.train import build_model, learning_rate_factor, moving_average
+from vqgnn.train import build_model, learning_rate_factor, model_options, moving_average
 
 FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
 PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
@@ -179,7 +179,7 @@ class GraphSAINT(Peer):
     def build(self) -> nn.Module:
         self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
         config, sizes = self.config, (self.data.num_features, self.config.hidden, self.config.layers)
-        options = {"norm": "batch_norm", "dropout": config.dropout}
+        options = model_options(config)
         if config.model == "sage":
             return WeightedSAGE(*sizes, self.task.out_channels, **options)
         if config.model == "gcn":  # the weights are the whole graph's

@@ -84,12 +84,17 @@ class Config:
     layers: int = option(3, "Layers.", 1)
     heads: int = option(4, "Attention heads of gat, gatv2, transformer and hybrid, which share the hidden channels.", 1)
     lipschitz: float | None = option(
-        None, "Models gat and gatv2: bound of how fast attention scores change with a node's row. [default: none]", 0
+        None,
+        "Models gat, gatv2 and hybrid: bound of how fast attention scores change with a node's row. [default: none]",
+        0,
     )
     align: bool = option(
         False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
     )
-    dropout: float = option(0.3, "Dropout after every hidden layer; of attention weights too.", 0, 1)
+    norm: Literal["batch", "layer", "none"] = option("batch", "Normalisation after every hidden layer.")
+    residual: bool = option(False, "Add a linear map of each layer's input to its output.")
+    dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
+    attention_dropout: float = option(0.0, "Dropout of attention weights; states that carry it train badly.", 0, 1)
     optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
     lr: float = option(0.01, "The optimizer's step size.", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
@@ -122,7 +127,15 @@ class Config:
         if self.model in ATTENTIONS and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         if self.lipschitz is not None and (self.model not in ("gat", "gatv2", "hybrid") or self.lipschitz <= 0):
-            raise InputError(f"--lipschitz {self.lipschitz} is for --model gat, and must be above 0; leave it out")
+            raise InputError(
+                f"--lipschitz {self.lipschitz} is for --model gat, gatv2 or hybrid, and must be above 0; leave it out"
+            )
+        if self.attention_dropout and self.model not in ATTENTIONS:
+            raise InputError(
+                f"--attention-dropout {self.attention_dropout} is for --model {', '.join(ATTENTIONS)}; leave it out"
+            )
+        if self.residual and self.model == "mlp":
+            raise InputError("--residual is for models with a graph, not --model mlp; leave it out")
         self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:

@@ -15,6 +15,7 @@ from torch_geometric.data import Data, HeteroData
 
 from . import hetero
 from .calling import call_model, device_of, evaluating
+from .dropout import keep_undropped
 from .generic import GenericConv, make_generic
 from .graph import BatchGraph, Graph, not_an_edge_index
 from .inference import warmup
@@ -108,6 +109,8 @@ def convert(
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
     found = _find(model)
+    if codec is not None:
+        keep_undropped(model)
     if isinstance(data, HeteroData):
         if place in ("host", "pinned"):
             raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")

@@ -110,7 +110,7 @@ def _layer_error(
     truth = conv.batch_messages(source, Neighbours(csr, Rows("fp32", exact), csr_t))[0]
     neighbours = batch.graph.neighbours(store, convolution)._replace(grad_rows=None)
     if conv.store_use.align:
-        read = conv.aligned_messages(source, None, batch.graph, neighbours)[0]
+        read = conv.aligned_messages(source, None, source, batch.graph, neighbours)[0]
     else:
         read = conv.batch_messages(source, neighbours)[0]
     norm = _norm(graph, convolution).to(exact.device) if conv.fixed else None

@@ -30,6 +30,7 @@ from torch_geometric.nn import MessagePassing
 import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
+from .dropout import undropped
 from .graph import BatchGraph
 from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
@@ -153,7 +154,8 @@ def _train(conv: GenericConv, given: Given) -> Tensor:
             state = _compensated(conv, state, hop, given, send)
             messages = send(state, others, edges)
         if conv.training and store is not None:
-            store.push(graph.n_id, state.detach().float())
+            kept = source_rows(conv, given, undropped) if hop is first else state
+            store.push(graph.n_id, kept.detach().float())
             if hop.grads is not None and messages.requires_grad:
                 messages.register_hook(lambda g: hop.grads.push(graph.n_id, flat(conv, g).float()))
         return messages

@@ -68,9 +68,9 @@ def taken_edge_tensors(conv: GenericConv, graph: Graph) -> dict[str, Tensor]:
     }
 
 
-def source_rows(conv: GenericConv, given: Given) -> Tensor:
-    """[b, dim]: the arguments that neighbours are told, side by side; x itself where it is the only one."""
-    told = [value.flatten(1) if value.dim() > 2 else value for value in given.rows(conv.survey.told).values()]
+def source_rows(conv: GenericConv, given: Given, of: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """[b, dim]: `of` the arguments that neighbours are told, side by side; x itself where it is the only one."""
+    told = [of(value).flatten(1) if value.dim() > 2 else of(value) for value in given.rows(conv.survey.told).values()]
     return told[0] if len(told) == 1 else torch.cat(told, 1)
 
 

@@ -25,6 +25,7 @@ from torch_geometric.nn import MessagePassing
 from vqgnn_kernels import CSR, aggregate
 
 from .generic import refuse_taken_names
+from .dropout import undropped
 from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution
 from .hetero_graph import BatchRelation, EdgeType, Relation
 from .nn import CONVS
@@ -199,7 +200,8 @@ def _messages(conv: RelationConv, x: Tensor, graph: BatchRelation) -> Tensor:
         grad_rows = grads.rows
     messages = aggregate(source, csr, rows, csr_t, grad_rows)
     if conv.training:
-        _push(use, source, None, graph)
+        with torch.no_grad():
+            _push(use, conv.message_input(undropped(x)), None, graph)
         if use.grads and messages.requires_grad:
             messages.register_hook(lambda g: _push_gradients(grads, g, graph, use.convolution))
     return messages
@@ -233,7 +235,7 @@ def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
     elif use.store is not None:
         others = use.store.pull(edges.others)
     if conv.training:
-        _push(use, source, target, graph)
+        _push(use, undropped(source), undropped(target), graph)
     rows = source
     if use.grads and source.requires_grad:
         state, rows = source.detach(), source.view_as(source)  # the hook must not hold the tensor that holds it

@@ -10,6 +10,7 @@ from torch import Tensor
 from vqgnn_kernels import aggregate, pull_rows
 
 from .alignment import align
+from .dropout import undropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
 
@@ -113,6 +114,10 @@ class StoreConv:
             graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
         source, query, store = self.message_input(x), self.message_query(x), use.store
+        kept, kept_query = source, query  # what the store is given of them
+        if self.training and store is not None and (clean := undropped(x)) is not x:
+            with torch.set_grad_enabled(use.align):
+                kept, kept_query = self.message_input(clean), self.message_query(clean)
         if store is None:
             csr, csr_t = graph.csr(use.convolution)
             return self.batch_messages(source, Neighbours(csr, None, csr_t), query)[0]
@@ -121,17 +126,17 @@ class StoreConv:
         else:
             neighbours, asked = graph.neighbours(store, use.convolution), _stored_queries(graph, use)
         if use.align:
-            messages, lse = self.aligned_messages(source, query, graph, neighbours)
+            messages, lse = self.aligned_messages(source, query, kept, graph, neighbours)
         else:
             query_all = query if asked is None else torch.cat([query, asked])
             messages, lse = self.batch_messages(source, neighbours, query_all)
         if self.training:
             n_id = graph.n_id if store.in_place else graph.origin.n_id
-            self._record(n_id, source, query, messages, lse)
+            self._record(n_id, kept, kept_query, messages, lse)
         return messages
 
     def aligned_messages(
-        self, source: Tensor, query: Tensor | None, graph: BatchGraph, neighbours: Neighbours
+        self, source: Tensor, query: Tensor | None, kept: Tensor, graph: BatchGraph, neighbours: Neighbours
     ) -> tuple[Tensor, Tensor | None]:
         """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows.
 
@@ -139,7 +144,7 @@ class StoreConv:
         """
         csr, csr_t, _ = graph.bipartite(self.store_use.convolution)
         halo = pull_rows(neighbours.rows, neighbours.csr.halo, source.size(1))
-        halo = align(halo, _own_rows(graph, self.store_use.store), source)
+        halo = align(halo, _own_rows(graph, self.store_use.store), kept)
         return self.batch_messages(torch.cat([source, halo]), Neighbours(csr, None, csr_t), query)
 
     def _record(self, n_id: Tensor, x: Tensor, query: Tensor | None, messages: Tensor, lse: Tensor | None) -> None:

@@ -1,0 +1,111 @@
+"""Node states are stored without the noise of dropout."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch_geometric.nn as pyg
+from graphs import awkward_graph
+from torch import nn
+from torch_geometric.data import HeteroData
+
+import vqgnn
+from vqgnn.conversion import stores
+
+NODES, CHANNELS = 60, 8
+
+
+class Net(nn.Module):
+    """Two convs with dropout between them."""
+
+    def __init__(self, kind, p):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = kind(CHANNELS, CHANNELS), kind(CHANNELS, CHANNELS)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x, edge_index):
+        return self.second(self.dropout(self.first(x, edge_index).relu()), edge_index)
+
+
+class Custom(pyg.MessagePassing):
+    """Runs by the generic path."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(aggr="max")
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x, edge_index):
+        return self.lin(x + self.propagate(edge_index, x=x))
+
+
+@pytest.fixture
+def data():
+    return awkward_graph(NODES, 240, CHANNELS)
+
+
+def stored(model, data, call=lambda model, batch: model(batch.x, batch.graph), **options):
+    """Rows of the second conv's store after one training batch."""
+    vqgnn.convert(model, data, method="gas", fill=False, **options)
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20, seed=0)))
+    out = call(model.train(), batch)
+    out.square().mean().backward()
+    return {name: store.pull(batch.n_id) for name, store in stores(model).items() if not name.endswith("grad")}
+
+
+@pytest.mark.parametrize(
+    "kind", [pyg.GCNConv, pyg.SAGEConv, pyg.GATConv, pyg.GATv2Conv, pyg.TransformerConv, pyg.ChebConv, Custom]
+)
+def test_states_are_those_before_dropout(data, kind):
+    def make(p):
+        return Net((lambda i, o: kind(i, o, 2)) if kind is pyg.ChebConv else kind, p)
+
+    dropped, plain = stored(make(0.9), data), stored(make(0.0), data)
+    assert dropped.keys() == plain.keys()
+    own = [name for name in plain if name.startswith("second")]
+    assert own
+    for name in own:
+        torch.testing.assert_close(dropped[name], plain[name])
+        assert plain[name].abs().sum() > 0
+
+
+def test_compiled_models_store_the_same(data):
+    run = lambda model, batch: torch.compile(model, backend="eager")(batch.x, batch.graph)  # noqa: E731
+    compiled, plain = stored(Net(pyg.GCNConv, 0.9), data, run), stored(Net(pyg.GCNConv, 0.0), data)
+    torch.testing.assert_close(compiled["second"], plain["second"])
+
+
+def test_copies_and_pickles_do_too(data):
+    model = Net(pyg.GCNConv, 0.9)
+    want = stored(Net(pyg.GCNConv, 0.0), data)["second"]
+    vqgnn.convert(model, data, method="gas")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(stored(copied, data)["second"], want)
+        assert len(copied.dropout._forward_hooks) == 1, "converted twice, one hook"
+
+
+@pytest.mark.parametrize("kind", [pyg.SAGEConv, pyg.GraphConv], ids=["fused", "own code"])
+def test_states_of_node_types_are_those_before_dropout(kind):
+    torch.manual_seed(0)
+    data = HeteroData()
+    for node_type in ("author", "paper"):
+        data[node_type].x = torch.randn(NODES, CHANNELS)
+    for edge_type in (("author", "writes", "paper"), ("paper", "by", "author")):
+        data[edge_type].edge_index = torch.randint(NODES, (2, 200))
+
+    def rows(p):
+        model = pyg.to_hetero(Net(kind, p), data.metadata())
+        vqgnn.convert(model, data, method="gas", fill=False, grad=False)
+        batch = next(iter(vqgnn.BatchLoader(data, batch_size=40, seed=0)))
+        out = model.train()(batch.x_dict, batch.graph_dict)
+        sum(value.square().mean() for value in out.values()).backward()
+        return {name: store.pull(torch.arange(NODES)) for name, store in stores(model).items() if "second" in name}
+
+    dropped, plain = rows(0.9), rows(0.0)
+    assert plain and dropped.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(dropped[name], plain[name])
