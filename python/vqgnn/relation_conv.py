@@ -24,8 +24,8 @@ from torch_geometric.nn import MessagePassing
 
 from vqgnn_kernels import CSR, aggregate
 
-from .generic import refuse_taken_names
 from .dropout import undropped
+from .generic import refuse_taken_names
 from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution
 from .hetero_graph import BatchRelation, EdgeType, Relation
 from .nn import CONVS
