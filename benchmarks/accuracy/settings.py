@@ -248,25 +248,22 @@ TIMED = {
     "GraphSAINT-RW (PyG), not normalised, step size 0.003": ("saint-rw-plain", 0.003, ()),
     "Cluster-GCN (PyG)": ("cluster-gcn", 0.01, ()),
     "GAS": ("gas", 0.01, ()),
-    "ours: vq, random nodes": ("vq", 0.01, ()),
-    "ours: vq, random nodes, 20 epochs": ("vq", 0.01, (("epochs", 20),)),
-    "ours: vq, K = 64, 20 epochs": ("vq", 0.01, (("codec", "pq:d=4,k=64"), ("epochs", 20))),
-    "ours: vq, no gradients, 20 epochs": ("vq", 0.01, (("epochs", 20), ("grad", "off"))),
-    "ours: vq, step size 0.02, 20 epochs": ("vq", 0.02, (("epochs", 20),)),
-    "ours: vq, 20 batches an epoch, 15 epochs": ("vq", 0.01, (("batches", 20), ("epochs", 15))),
-    "ours: vq, no gradients, 20 batches an epoch, 15 epochs": (
-        "vq",
-        0.01,
-        (("batches", 20), ("epochs", 15), ("grad", "off")),
-    ),
-    "ours: vq, K = 64, no gradients, 20 batches an epoch, 15 epochs": (
-        "vq",
-        0.01,
-        (("batches", 20), ("codec", "pq:d=4,k=64"), ("epochs", 15), ("grad", "off")),
-    ),
-    "ours: vq, random nodes, 10 epochs": ("vq", 0.01, (("epochs", 10),)),
-    "ours: vq, clusters, 10 epochs": ("vq-cluster", 0.01, (("epochs", 10),)),
-}
+    "ours: vq": ("vq", 0.01, ()),
+    "ours: vq, Adam": ("vq-adam", 0.01, ()),
+    **{
+        f"ours: {what}, 20 batches an epoch, {epochs} epochs": (
+            method, 0.01, (("batches", 20), *changes, ("epochs", epochs))
+        )
+        for epochs in (15, 10)
+        for what, method, changes in (
+            ("vq", "vq", ()),
+            ("vq, no gradients", "vq-forward", ()),
+            ("vq, no gradients, K = 64", "vq-forward", (("codec", "pq:d=4,k=64"),)),
+            ("vq, no gradients, Adam", "vq-adam", (("grad", "off"),)),
+            ("int4 rows", "vq-adam", (("codec", "int4"), ("method", "gas"))),
+        )
+    },
+}  # fmt: skip
 
 
 def timed(label: str) -> Run:

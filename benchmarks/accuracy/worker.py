@@ -63,6 +63,7 @@ def execute(run: Run, threads: int = 1) -> tuple[dict, list[dict]]:
     """(row, course) of a run; one that was interrupted goes on from its last epoch where it is ours."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # as in `vqgnn train`
     config = config_of(run, threads)
     dataset = datasets.of_config(config)
     if not run.what.trainer:
