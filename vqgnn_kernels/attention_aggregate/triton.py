@@ -17,7 +17,7 @@ from .._decode import _clamp_code, _dequantise, load_state, table_arguments
 from .._types import CSR, Rows
 
 _ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of the weights' gradients one program adds up, in a fixed order
-_EDGE_BLOCK = 8  # "gatv2": rows of edge_matrix whose gradient a program sums in registers
+_EDGE_BLOCK = 512  # "gatv2": numbers of edge_matrix's gradient that a program sums in registers, but at most 8 rows
 
 
 def forward(
@@ -27,6 +27,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_chunks = csr.rowptr.shape[0] - 1, _chunks.num_chunks(csr)
     features = x.shape[1] // heads if split else x.shape[1]
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, dtype):
         out, lse = x.new_empty(count, heads, features, dtype=dtype), x.new_empty(count, heads, dtype=torch.float32)
@@ -43,7 +45,7 @@ def forward(
             ),
             "SPLIT": split,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
         rows=(num_rows, results),
     )  # fmt: skip
@@ -59,9 +61,12 @@ def backward_rows(
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
     programs = triton.cdiv(num_rows, each)
     edge_dim = 0 if edge_matrix is None else edge_matrix.shape[0]
-    edge_block = min(triton.next_power_of_2(max(edge_dim, 1)), _EDGE_BLOCK)
+    edge_rows = min(8, max(1, _EDGE_BLOCK // triton.next_power_of_2(features)))
+    edge_block = min(triton.next_power_of_2(max(edge_dim, 1)), edge_rows)
     by_edge = mode == "additive" and csr.weight is not None
     grad_edges = torch.zeros_like(csr.weight, memory_format=torch.contiguous_format) if by_edge else None
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, programs):
         partial = query.new_empty(programs, 1 + edge_dim, heads, features) if mode == "gatv2" else None
@@ -79,7 +84,7 @@ def backward_rows(
             ),
             "SPLIT": split, "p_grad_edges": grad_edges, "EDGE_BLOCK": edge_block,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, by_chunk | {"ROWS": 1}),
         rows=(programs, results | {"ROWS": each}),
     )  # fmt: skip
@@ -96,6 +101,8 @@ def backward_columns(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (r, _, features), b, num_chunks = grad_out.shape, x.shape[0], _chunks.num_chunks(csr_t)
     each = 1 if split else heads  # heads that share a row of x, and so a program
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, dtype):
         grad_key = None if key is None else key.new_empty(count, heads)
@@ -114,7 +121,7 @@ def backward_columns(
             ),
             "SPLIT": split,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
         rows=(b, results),
     )  # fmt: skip
@@ -163,6 +170,10 @@ def _arguments(
         "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
         "BLOCK_F": block,
     }  # fmt: skip
+
+
+def _edge_size(edge_matrix: Tensor | None) -> dict[str, int]:
+    return {} if edge_matrix is None else {"edge_dim": edge_matrix.shape[0]}
 
 
 def _signed(word: int) -> int:
