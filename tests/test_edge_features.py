@@ -277,6 +277,17 @@ def test_features_that_do_not_fit_are_refused(v2, attr, options, message):
     assert type(conv) is cls
 
 
+def test_edges_that_bring_values_too_are_left_to_pygs_code():
+    data = graph()
+    with pytest.raises(ValueError, match=rf"TransformerConv\(edge_dim={D}\).*use edge_dim=None, or torch_geometric.nn"):
+        vqgnn.convert(vqgnn.nn.TransformerConv(6, 3, edge_dim=D), data)
+    conv = pyg.TransformerConv(6, 3, edge_dim=D)
+    expected = conv(data.x, data.edge_index, data.edge_attr)
+    assert not fused(vqgnn.convert(conv, data))
+    for batch in batches(data):
+        close(conv(batch.x, batch.graph), expected[batch.n_id])
+
+
 def test_features_beside_a_batch_graph_are_refused():
     data = graph()
     model = vqgnn.convert(gat(False), data)

@@ -298,7 +298,7 @@ def test_paths_tell_what_every_conv_does(data, capsys):
     model = nn.ModuleDict(
         {
             "a": pyg.GCNConv(6, 8),
-            "b": pyg.TransformerConv(8, 8, edge_dim=2),
+            "b": pyg.TransformerConv(8, 8, aggr="max"),
             "c": pyg.GraphConv(8, 8),
             "d": pyg.APPNP(3, 0.1),
         }
@@ -320,8 +320,8 @@ def test_paths_tell_what_every_conv_does(data, capsys):
         ("d", "APPNP", "generic", "fp32; fp32 x 2, with gradients", 216),
     ]
     assert str(paths).splitlines()[:2] == [
-        "name  conv       path     reads                           bytes_per_node",
-        "a     GCNConv    fused    C x, computed once              0",
+        "name  conv             path     reads                           bytes_per_node",
+        "a     GCNConv          fused    C x, computed once              0",
     ]
     with pytest.raises(ValueError, match="is not converted"):
         vqgnn.paths(pyg.GCN(6, 8, 2, 3))
