@@ -231,6 +231,16 @@ def test_a_compiled_step_is_one_graph(v2, options):
     close(gradient(other), gradient(model), 1e-3)
 
 
+@both
+def test_error_bounds_see_them(v2):
+    """Of frozen weights and exact rows: no message is off, and no gradient."""
+    data = graph()
+    model = vqgnn.convert(gat(v2, share_weights=True) if v2 else gat(v2), data, method="gas")
+    (batch, *_) = batches(data)
+    found = vqgnn.diagnostics.error_bound(model, data, batch)
+    assert len(found) == 2 and all(layer.messages < 1e-4 for layer in found)
+
+
 def test_convs_alike_share_the_features_of_edges():
     data = graph()
     vqgnn.convert(gat(False), data, method="gas")

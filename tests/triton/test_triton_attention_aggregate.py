@@ -145,6 +145,11 @@ def test_every_shipped_tile(device, features):
     check(device, "dot", True, "int8", features, heads=1, r=2, b=2, edges=21, tolerance=1e-3)
 
 
+@pytest.mark.parametrize("features", [40, 300, 1100])
+def test_every_shipped_tile_of_edge_features(device, features):
+    check(device, "gatv2", True, "int8", features, heads=1, r=2, b=2, edges=21, edge_dim=3, tolerance=1e-2)
+
+
 def test_partial_sums_of_attention(device, monkeypatch):
     from vqgnn_kernels.attention_aggregate import triton as kernels
 
