@@ -1,13 +1,21 @@
 """attention_aggregate against the message passing of PyG's GATConv on the same scores, forward and backward.
 
+With edge features: an epoch of training against the generic path, which runs PyG's code on the halo's decoded rows.
+
 pytest benchmarks/test_attention_aggregate.py [-k small] [--device cuda] --rows rows.csv
 """
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as nnf
 from graphs import power_law_csr
-from torch_geometric.nn import GATConv
+from torch_geometric.data import Data
+from torch_geometric.nn import GATConv, GATv2Conv
+from torch_geometric.nn.models import GAT
 
+import vqgnn
 from vqgnn_kernels import CSR, Rows
 from vqgnn_kernels.attention_aggregate import attention_aggregate
 
@@ -108,3 +116,46 @@ def test_halo_of_codes(versus, request, size):
     check(ours, pyg_gat_conv)
     label = f"b={b} n={num_nodes} e={col.numel()} heads={HEADS} f={F}"
     versus(ours, {"pyg_gat_conv": pyg_gat_conv}, size=label, rounds=15, memory=True)
+
+
+class GenericGAT(GATConv):
+    """A class of its own, so that `convert` does not know it."""
+
+
+class GenericGATv2(GATv2Conv):
+    """The same of GATv2Conv."""
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["gat", "gatv2"])
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_epoch_with_edge_features(versus, no_default_device, request, size, v2):
+    device = request.config.getoption("--device")
+    num_nodes, num_edges, edge_dim = (2_000, 20_000, 8) if size == "small" else (20_000, 200_000, 8)
+    edge_index = torch.randint(num_nodes, (2, num_edges))
+    data = Data(x=torch.randn(num_nodes, 64), edge_index=edge_index, y=torch.randint(16, (num_nodes,)))
+    data.edge_attr = torch.randn(num_edges, edge_dim)
+    data = data.to(device)
+    model = GAT(64, 128, 3, 16, heads=4, v2=v2, edge_dim=edge_dim).to(device)
+    generic = copy.deepcopy(model)
+    for conv in generic.convs:
+        conv.__class__ = GenericGATv2 if v2 else GenericGAT
+
+    def epoch(model):
+        vqgnn.convert(model, data, method="vq")
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        loader = vqgnn.BatchLoader(data, batch_size=num_nodes // 10, seed=0, device=device)
+
+        def call():
+            for batch in loader:
+                optimizer.zero_grad()
+                nnf.cross_entropy(model(batch.x, batch.graph), batch.y).backward()
+                optimizer.step()
+
+        return call
+
+    ours, peer = epoch(model), epoch(generic)
+    assert [{path.path for path in vqgnn.paths(m)} for m in (model, generic)] == [{"fused"}, {"generic"}]
+    exact = [vqgnn.inference.layerwise(m, data) for m in (model, generic)]
+    torch.testing.assert_close(*exact, atol=1e-4, rtol=1e-4)
+    label = f"n={num_nodes} e={num_edges} layers=3 heads=4 f=32 edge_dim={edge_dim} vq"
+    versus(ours, {"generic": peer}, size=label, rounds=7)

@@ -300,7 +300,8 @@ void global_attention_backward(int64_t b, int64_t H, int64_t K, int64_t F, int64
 // A problem arrives as a dict of its fields, addresses as integers. The kernels return false for a bad index.
 
 VQGNN_DECLARE(bool attention_forward(const AttentionProblem& p, float* out, float* lse))
-VQGNN_DECLARE(bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention))
+VQGNN_DECLARE(bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention,
+                                           float* grad_edges))
 VQGNN_DECLARE(bool attention_backward_columns(const AttentionProblem& p, float* grad_x, float* grad_key))
 VQGNN_DECLARE(bool code_scores(const Table& table, const int64_t* n_id, int64_t k, const float* lookup,
                                int64_t num_codes, int64_t heads, float* out))
@@ -338,12 +339,19 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
   p.query = floats("query");
   p.key = floats("key");
   p.attention = floats("attention");
+  p.edges = floats("edges");
+  p.edge_dim = integer("edge_dim");
+  p.edge_matrix = floats("edge_matrix");
   p.grad_out = floats("grad_out");
   p.lse = floats("lse");
   p.delta = floats("delta");
   p.halo_stats = floats("halo_stats");
-  require(p.heads >= 1 && p.f >= 0 && p.num_rows >= 0 && p.num_edges >= 0 && p.num_halo >= 0 && p.num_own >= 0,
+  require(p.heads >= 1 && p.f >= 0 && p.num_rows >= 0 && p.num_edges >= 0 && p.num_halo >= 0 && p.num_own >= 0 &&
+              p.edge_dim >= 0,
           "a size is out of range");
+  require(!p.edges || (p.score == vqgnn::Score::additive && !p.edge_matrix) ||
+              (p.score == vqgnn::Score::gatv2 && (p.edge_matrix || p.edge_dim * p.f == 0)),
+          "edges do not go with the mode");
   p.table = as_table(fields["table"], table_of_gradients || p.split ? p.heads * p.f : p.f);
   require(p.rowptr && (p.col || p.num_edges == 0), "an address is null");
   require(p.table.codec < vqgnn::Codec::pq8 || p.table.codebook || p.table.num_rows == 0, "codes need a codebook");
@@ -356,10 +364,13 @@ bool attention_forward(const py::dict& fields, uintptr_t out, uintptr_t lse) {
   return VQGNN_DISPATCH(attention_forward, p, pointer<float>(out), pointer<float>(lse));
 }
 
-bool attention_backward_rows(const py::dict& fields, uintptr_t grad_query, uintptr_t grad_attention) {
+bool attention_backward_rows(const py::dict& fields, uintptr_t grad_query, uintptr_t grad_attention,
+                             uintptr_t grad_edges) {
   const vqgnn::AttentionProblem p = as_attention_problem(fields, false);
+  require(!p.edges || grad_edges, "an address is null");
   py::gil_scoped_release release;
-  return VQGNN_DISPATCH(attention_backward_rows, p, pointer<float>(grad_query), pointer<float>(grad_attention));
+  return VQGNN_DISPATCH(attention_backward_rows, p, pointer<float>(grad_query), pointer<float>(grad_attention),
+                        pointer<float>(grad_edges));
 }
 
 bool attention_backward_columns(const py::dict& fields, uintptr_t grad_x, uintptr_t grad_key) {

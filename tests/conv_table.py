@@ -24,7 +24,7 @@ from torch_geometric.nn import MessagePassing
 import vqgnn
 from vqgnn.inference import layerwise
 
-FEATURES, HIDDEN, CLASSES = 6, 8, 3
+FEATURES, HIDDEN, CLASSES, EDGE_FEATURES = 6, 8, 3, 4
 _DEGREES = torch.tensor([2, 6, 9, 10, 7, 4, 2])  # a histogram, which PNA takes its scales from
 
 
@@ -69,10 +69,11 @@ class Model(nn.Module):
         sizes = [FEATURES, HIDDEN, HIDDEN, CLASSES]
         self.convs = nn.ModuleList(map(build, sizes, sizes[1:]))
 
-    def forward(self, x, edge_index):
+    def forward(self, x, edge_index, edge_attr=None):
+        more = [] if edge_attr is None else [edge_attr]
         for conv in self.convs[:-1]:
-            x = conv(x, edge_index).tanh()
-        return self.convs[-1](x, edge_index)
+            x = conv(x, edge_index, *more).tanh()
+        return self.convs[-1](x, edge_index, *more)
 
 
 class GCNII(nn.Module):
@@ -111,6 +112,10 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "GINConv": lambda: Model(lambda i, o: pyg.GINConv(_mlp(i, o))),
     "GATConv": lambda: Model(lambda i, o: pyg.GATConv(i, o, heads=2, concat=False)),
     "GATv2Conv": lambda: Model(lambda i, o: pyg.GATv2Conv(i, o, heads=2, concat=False)),
+    "GATConv(edge_dim)": lambda: Model(lambda i, o: pyg.GATConv(i, o, heads=2, concat=False, edge_dim=EDGE_FEATURES)),
+    "GATv2Conv(edge_dim)": lambda: Model(
+        lambda i, o: pyg.GATv2Conv(i, o, heads=2, concat=False, edge_dim=EDGE_FEATURES)
+    ),
     "TransformerConv": lambda: Model(lambda i, o: pyg.TransformerConv(i, o, heads=2, concat=False, beta=True)),
     "AGNNConv": lambda: Predicting(pyg.AGNNConv()),
     "PNAConv": lambda: Model(
@@ -139,7 +144,7 @@ def _gradient(model: nn.Module) -> Tensor:
 def _full(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
     """PyG's output for the whole graph, and the gradient of all weights."""
     model = copy.deepcopy(model)
-    out = model(data.x, data.edge_index)
+    out = model(data.x, data.edge_index, *([data.edge_attr] if "edge_attr" in data else []))
     _loss(out, data.y).backward()
     return out.detach(), _gradient(model)
 
@@ -280,14 +285,21 @@ CHECKS: dict[str, Callable[[nn.Module, Data], str]] = {
 }
 
 
+def _data(conv: str) -> Data:
+    data = awkward_graph()
+    if "edge_dim" in conv:
+        generator = torch.Generator().manual_seed(1)
+        data.edge_attr = torch.randn(data.num_edges, EDGE_FEATURES, generator=generator)
+    return data
+
+
 def cell(conv: str, check: str) -> str:
     torch.manual_seed(0)
-    return CHECKS[check](CONVS[conv](), awkward_graph())
+    return CHECKS[check](CONVS[conv](), _data(conv))
 
 
 def path(conv: str) -> str:
-    data = awkward_graph()
-    return vqgnn.paths(vqgnn.convert(CONVS[conv](), data, method="drop"))[0].path
+    return vqgnn.paths(vqgnn.convert(CONVS[conv](), _data(conv), method="drop"))[0].path
 
 
 def row(conv: str) -> dict[str, str]:

@@ -13,7 +13,8 @@ from vqgnn_kernels.store_io.reference import pull_rows
 
 MODES = ["additive", "dot", "gatv2"]
 CODECS = ["none", "fp32", "fp16", "int8", "int4", "pq8", "pq16"]
-LEAVES = ("x", "query", "key", "attention")
+LEAVES = ("x", "query", "key", "attention", "edge_matrix")
+EDGE_MODES = ["additive", "gatv2"]
 needs_cpp = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 shapes = pytest.mark.parametrize("split", [True, False], ids=["split", "shared"])
 
@@ -27,16 +28,23 @@ def csr_of(counts, halo=None):
 
 
 def problem(
-    mode, split, codec="fp32", *, r=30, b=22, h=25, h_t=20, heads=3, f=5, density=0.3, table_rows=40, **options
-):
+    mode, split, codec="fp32", *, r=30, b=22, h=25, h_t=20, heads=3, f=5, density=0.3, table_rows=40,
+    edge_dim=None, **options,
+):  # fmt: skip
     """Arguments of the public op: duplicate edges, one row longer than a block, empty rows; csr_t belongs to csr."""
     counts = (torch.rand(r, b + h) < density).long() * torch.randint(1, 3, (r, b + h))
     counts[:1], counts[-2:] = 1, 0
     counts_t = torch.cat([counts[:, :b].T, (torch.rand(b, h_t) < density).long()], 1)
     width, rest = heads * f if split else f, () if mode == "additive" else (f,)
+    csr, csr_t = csr_of(counts, torch.randint(table_rows, (h,))), csr_of(counts_t, torch.randint(table_rows, (h_t,)))
+    if edge_dim is not None:
+        columns = heads if mode == "additive" else edge_dim
+        csr, csr_t = (c._replace(weight=torch.randn(len(c.col), columns)) for c in (csr, csr_t))
+        if mode == "gatv2":
+            options["edge_matrix"] = torch.randn(edge_dim, heads, f) * edge_dim**-0.5
     return {
         "x": torch.randn(b, width),
-        "csr": csr_of(counts, torch.randint(table_rows, (h,))),
+        "csr": csr,
         "query": torch.randn(r + h_t, heads, *rest),
         "key": torch.randn(b + h, heads) if mode == "additive" else None,
         "attention": torch.randn(heads, f) * f**-0.5 if mode == "gatv2" else None,
@@ -44,7 +52,7 @@ def problem(
         "mode": mode,
         "split": split,
         "rows": random_rows(codec, table_rows, width),
-        "csr_t": csr_of(counts_t, torch.randint(table_rows, (h_t,))),
+        "csr_t": csr_t,
         "grad_rows": random_rows(codec, table_rows, heads * f),
         "halo_stats": torch.stack([torch.randn(h_t, heads) + 4, torch.randn(h_t, heads)], 1),
         "scale": 0.5,
@@ -54,8 +62,12 @@ def problem(
 
 def run(arguments):
     """out, lse and the gradients of all leaves for one fixed gradient of out."""
-    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES if arguments[name] is not None}
-    out, lse = attention_aggregate(**{**arguments, **leaves})
+    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES if arguments.get(name) is not None}
+    csr, given = arguments["csr"], dict(leaves)
+    if csr.weight is not None and arguments["mode"] == "additive":
+        leaves["weight"] = csr.weight.clone().requires_grad_()
+        given["csr"] = csr._replace(weight=leaves["weight"])
+    out, lse = attention_aggregate(**{**arguments, **given})
     assert out.dtype == arguments["x"].dtype and lse.dtype == torch.float32 and not lse.requires_grad
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     out.backward(grad_out)
@@ -81,6 +93,14 @@ def test_matches_reference(mode, split, codec, monkeypatch):
     check(problem(mode, split, codec, dropout=0.3, seed=2**40 + 0xFFFFFFF5), monkeypatch)
 
 
+@pytest.mark.parametrize("codec", ["none", "int4", "pq8"])
+@pytest.mark.parametrize("edge_dim", [1, 5, 19])
+@shapes
+@pytest.mark.parametrize("mode", EDGE_MODES)
+def test_edge_features_match_reference(mode, split, edge_dim, codec, monkeypatch):
+    check(problem(mode, split, codec, edge_dim=edge_dim, dropout=0.3, seed=7), monkeypatch)
+
+
 @pytest.mark.parametrize(("heads", "f"), [(1, 1), (1, 64), (8, 16), (2, 130), (5, 37)], ids=str)
 @shapes
 @pytest.mark.parametrize("mode", MODES)
@@ -90,7 +110,10 @@ def test_odd_sizes(mode, split, heads, f, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_long_rows(mode, monkeypatch):
-    check(problem(mode, True, "int8", r=4, b=300, h=900, h_t=500, density=0.6, dropout=0.1), monkeypatch, 2e-4)
+    sizes = {"r": 4, "b": 300, "h": 900, "h_t": 500, "density": 0.6, "dropout": 0.1}
+    check(problem(mode, True, "int8", **sizes), monkeypatch, 2e-4)
+    if mode != "dot":
+        check(problem(mode, True, "int8", **sizes, edge_dim=3), monkeypatch, 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +124,8 @@ def test_long_rows(mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_small_shapes(mode, r, b, h, h_t, monkeypatch):
     check(problem(mode, True, "pq8", r=r, b=b, h=h, h_t=h_t), monkeypatch)
+    if mode != "dot":
+        check(problem(mode, True, "pq8", r=r, b=b, h=h, h_t=h_t, edge_dim=2), monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,15 +139,17 @@ def test_no_halo_map(mode, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision(mode, dtype, monkeypatch):
-    arguments = problem(mode, True, "int8")
+    arguments = problem(mode, True, "int8", edge_dim=None if mode == "dot" else 3)
     check({**arguments, "x": arguments["x"].to(dtype)}, monkeypatch, tolerance=2e-2)
 
 
 def test_non_contiguous_arguments():
-    arguments = problem("gatv2", True, "fp32")
+    arguments = problem("gatv2", True, "fp32", edge_dim=4)
     want = run(arguments)
-    for name in ("x", "query", "attention"):
+    for name in ("x", "query", "attention", "edge_matrix"):
         arguments[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
+    for name in ("csr", "csr_t"):
+        arguments[name] = arguments[name]._replace(weight=arguments[name].weight.t().contiguous().t())
     torch.testing.assert_close(run(arguments), want)
 
 
@@ -203,6 +230,79 @@ def test_gradient_is_that_of_the_whole_graph(mode, split, b):
         torch.testing.assert_close(batch["attention"].grad, mine[-1].float(), **close)
 
 
+def sorted_csr(row, col, num_rows, halo):
+    """The matrix with these edges, and the order in which it holds them."""
+    order = torch.argsort(row * 1000 + col, stable=True)
+    rowptr = torch.zeros(num_rows + 1, dtype=torch.int64)
+    rowptr[1:] = torch.bincount(row, minlength=num_rows).cumsum(0)
+    return CSR(rowptr, col[order].int(), None, halo), order
+
+
+@pytest.mark.parametrize("backend", ["reference", None], ids=["reference", "default"])
+@pytest.mark.parametrize("b", [25, 9], ids=["whole", "batch"])
+@pytest.mark.parametrize("edge_dim", [1, 5])
+@pytest.mark.parametrize("mode", EDGE_MODES)
+def test_gradient_with_edge_features_is_that_of_the_whole_graph(mode, edge_dim, b, backend, monkeypatch):
+    """As above, edge by edge: duplicates and self loops have features of their own, and one node has no edges."""
+    if backend:
+        monkeypatch.setenv("VQGNN_BACKEND", backend)
+    n, heads, f = 25, 2, 6
+    i, j = torch.randint(n - 1, (2, 90))
+    i, j = torch.cat([i, i[:9], torch.arange(4)]), torch.cat([j, j[:9], torch.arange(4)])
+    features = torch.randn(len(i), edge_dim)
+    additive = mode == "additive"
+    leaves = {
+        "x": torch.randn(n, heads * f),
+        "query": torch.randn(n, heads, *([] if additive else [f])),
+        "key": torch.randn(n, heads) if additive else None,
+        "attention": None if additive else torch.randn(heads, f),
+        "edge_matrix": torch.randn(edge_dim, heads, *([] if additive else [f])),
+    }
+    whole = {name: None if t is None else t.double().requires_grad_() for name, t in leaves.items()}
+    source = whole["x"].view(n, heads, f)
+    asked = whole["query"][i] + (features.double() @ whole["edge_matrix"].flatten(1)).view(
+        len(i), *whole["query"].shape[1:]
+    )
+    if additive:
+        scores = torch.nn.functional.leaky_relu(whole["key"][j] + asked, 0.2)
+    else:
+        scores = (whole["attention"] * torch.nn.functional.leaky_relu(source[j] + asked, 0.2)).sum(2)
+    total = torch.zeros(n, heads, dtype=torch.float64).index_add(0, i, scores.exp())
+    p = scores.exp() / total[i]
+    want, lse = torch.zeros(n, heads, f, dtype=torch.float64).index_add(0, i, p[:, :, None] * source[j]), total.log()
+    grad = torch.randn(n, heads, f)
+    # weights get the gradient of the batch's rows: the others' rows stand for themselves
+    mine = torch.autograd.grad(
+        want[:b], [t for t in whole.values() if t is not None], grad[:b].double(), retain_graph=True
+    )
+    want.backward(grad.double())
+
+    stats = torch.stack([lse.detach(), (grad * want.detach()).sum(2)], 1)[b:].float()
+    halo, inner, outer = torch.arange(b, n), i < b, j < b
+    csr, order = sorted_csr(i[inner], j[inner], b, halo)
+    csr_t, order_t = sorted_csr(j[outer], i[outer], b, halo)
+    batch = {name: None if t is None else t.clone().requires_grad_() for name, t in leaves.items()}
+    edges, edges_t = features[inner][order], features[outer][order_t]
+    matrix = batch["edge_matrix"]
+    if additive:
+        edges, edges_t, matrix = edges @ matrix, edges_t @ matrix.detach(), None
+    out, ours_lse = attention_aggregate(
+        batch["x"][:b], csr._replace(weight=edges), batch["query"], batch["key"], attention=batch["attention"],
+        edge_matrix=matrix, heads=heads, mode=mode, rows=Rows("fp32", leaves["x"]),
+        csr_t=csr_t._replace(weight=edges_t), grad_rows=Rows("fp32", grad.flatten(1)), halo_stats=stats,
+    )  # fmt: skip
+    out.backward(grad[:b])
+    close = dict(atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(out.detach(), want[:b].detach().float(), **close)
+    torch.testing.assert_close(ours_lse, lse[:b].detach().float(), **close)
+    for name in ("x", "query", "key"):
+        if leaves[name] is not None:
+            torch.testing.assert_close(batch[name].grad[:b], whole[name].grad[:b].float(), **close)
+    torch.testing.assert_close(batch["edge_matrix"].grad, mine[-1].float(), **close)
+    if not additive:
+        torch.testing.assert_close(batch["attention"].grad, mine[-2].float(), **close)
+
+
 def test_rows_without_edges_are_zero():
     arguments = problem("dot", True)
     out, lse = attention_aggregate(**arguments)
@@ -228,7 +328,8 @@ def test_dropout_keeps_its_share_and_follows_the_seed(dropout):
 @needs_cpp
 @pytest.mark.parametrize("mode", MODES)
 def test_thread_count_does_not_change_a_bit(mode):
-    arguments = problem(mode, True, "pq8", r=700, b=600, h=300, h_t=200, density=0.02, f=9, dropout=0.2)
+    sizes = {"r": 700, "b": 600, "h": 300, "h_t": 200, "density": 0.02, "f": 9}
+    arguments = problem(mode, True, "pq8", **sizes, dropout=0.2, edge_dim=None if mode == "dot" else 3)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -242,12 +343,14 @@ def test_thread_count_does_not_change_a_bit(mode):
 
 
 @pytest.mark.parametrize("codec", ["none", "pq8"])
-@pytest.mark.parametrize("mode", MODES)
-def test_opcheck(mode, codec):
-    a = problem(mode, True, codec, dropout=0.2)
+@pytest.mark.parametrize(("mode", "edge_dim"), [*((mode, None) for mode in MODES), *((m, 3) for m in EDGE_MODES)])
+def test_opcheck(mode, edge_dim, codec):
+    a = problem(mode, True, codec, dropout=0.2, edge_dim=edge_dim)
     if codec == "none":
         a["halo_stats"] = None
-    leaves = [None if a[name] is None else a[name].requires_grad_() for name in LEAVES]
+    if edge_dim and mode == "additive":
+        a["csr"].weight.requires_grad_()
+    leaves = [None if a.get(name) is None else a[name].requires_grad_() for name in LEAVES]
     torch.library.opcheck(
         torch.ops.vqgnn.attention_aggregate,
         (leaves[0], *_flat(a["csr"], a["rows"]), *_flat(a["csr_t"], a["grad_rows"]), a["halo_stats"], *leaves[1:],
@@ -255,9 +358,9 @@ def test_opcheck(mode, codec):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_compiles_as_one_graph(mode):
-    arguments = problem(mode, True, "pq8")
+@pytest.mark.parametrize(("mode", "edge_dim"), [*((mode, None) for mode in MODES), *((m, 3) for m in EDGE_MODES)])
+def test_compiles_as_one_graph(mode, edge_dim):
+    arguments = problem(mode, True, "pq8", edge_dim=edge_dim)
 
     def layer(x, query):
         out, _ = attention_aggregate(**{**arguments, "x": x.tanh(), "query": query})
@@ -275,12 +378,13 @@ def test_compiles_as_one_graph(mode):
 @needs_cpp
 def test_baseline_instructions_agree(tmp_path):
     """VQGNN_ISA is read once a process, so the baseline kernels run in another one."""
-    torch.save([(mode, codec, run(seeded(mode, codec))) for mode in MODES for codec in CODECS], tmp_path / "cases.pt")
+    cases = [(mode, codec, edges) for mode in MODES for codec in CODECS for edges in (None, 5)[: 1 + (mode != "dot")]]
+    torch.save([(case, run(seeded(*case))) for case in cases], tmp_path / "cases.pt")
     program = (
         "import sys, torch, vqgnn_kernels as k, test_attention_aggregate as t\n"
         "assert '(base)' in k.backends()['cpp'], k.backends()\n"
-        "for mode, codec, want in torch.load(sys.argv[1]):\n"
-        "    torch.testing.assert_close(t.run(t.seeded(mode, codec)), want, atol=1e-4, rtol=1e-4)\n"
+        "for case, want in torch.load(sys.argv[1]):\n"
+        "    torch.testing.assert_close(t.run(t.seeded(*case)), want, atol=1e-4, rtol=1e-4)\n"
     )
     paths = [os.path.dirname(__file__), *sys.path]
     environment = {**os.environ, "VQGNN_ISA": "base", "PYTHONPATH": os.pathsep.join(paths)}
@@ -290,9 +394,13 @@ def test_baseline_instructions_agree(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def seeded(mode, codec):
+def seeded(mode, codec, edge_dim):
     torch.manual_seed(3)
-    return problem(mode, True, codec, f=19, dropout=0.3)
+    return problem(mode, True, codec, f=19, dropout=0.3, edge_dim=edge_dim)
+
+
+def weighted(csr, columns):
+    return csr._replace(weight=torch.ones(len(csr.col), columns))
 
 
 BAD = {
@@ -300,8 +408,18 @@ BAD = {
     r"dropout=1.0 must lie in \[0, 1\)": lambda a: a.update(dropout=1.0),
     "x has dtype": lambda a: a.update(x=a["x"].double()),
     "heads=4 must": lambda a: a.update(heads=4),
-    "csr.weight must be None": lambda a: a.update(csr=a["csr"]._replace(weight=torch.ones(len(a["csr"].col)))),
-    "csr_t.weight must be None": lambda a: a.update(csr_t=a["csr_t"]._replace(weight=torch.ones(len(a["csr_t"].col)))),
+    "csr.weight has shape": lambda a: a.update(csr=weighted(a["csr"], 2)),
+    "csr.weight has dtype": lambda a: a.update(csr=a["csr"]._replace(weight=torch.ones(len(a["csr"].col), 3).long())),
+    "csr.weight must be None in mode": lambda a: a.update(
+        csr=weighted(a["csr"], 3), mode="dot", key=None, query=torch.randn(50, 3, 5)
+    ),
+    "csr_t.weight has shape": lambda a: a.update(csr=weighted(a["csr"], 3), csr_t=weighted(a["csr_t"], 4)),
+    "csr and csr_t must both have a weight": lambda a: a.update(csr=weighted(a["csr"], 3)),
+    "edge_matrix is for mode": lambda a: a.update(csr=weighted(a["csr"], 3), edge_matrix=torch.randn(3, 3, 5)),
+    "edge_matrix has shape": lambda a: a.update(edge_matrix=torch.randn(3, 2, 5)),
+    "edge_matrix .* got mode 'gatv2'": lambda a: a.update(
+        csr=weighted(a["csr"], 3), mode="gatv2", key=None, query=torch.randn(50, 3, 5), attention=torch.randn(3, 5)
+    ),
     "csr.col has dtype": lambda a: a.update(csr=a["csr"]._replace(col=a["csr"].col.long())),
     "query has shape": lambda a: a.update(query=a["query"][:, :2]),
     "query has 29 rows; csr": lambda a: a.update(query=a["query"][:29]),

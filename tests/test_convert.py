@@ -163,8 +163,6 @@ def test_what_cannot_be_converted_stays_as_it_was(build, options, message, data)
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda m: m.GATConv(6, 3, edge_dim=2), r"GATConv\(edge_dim=2\).*use edge_dim=None"),
-        (lambda m: m.GATv2Conv(6, 3, edge_dim=2), r"GATv2Conv\(edge_dim=2\).*use edge_dim=None"),
         (lambda m: m.TransformerConv(6, 3, aggr="max"), r"TransformerConv\(aggr='max'\).*use aggr='sum'"),
         (lambda m: m.GATConv((6, 6), 3), r"GATConv\(in_channels=\(6, 6\)\).*use one number"),
         (lambda m: m.SAGEConv(6, 3, aggr="max"), r"SAGEConv\(aggr='max'\).*use aggr='mean' or 'sum'"),

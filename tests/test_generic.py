@@ -296,7 +296,12 @@ def test_of_another_graph_a_conv_makes_its_edges_anew(conv, nodes, data):
 
 def test_paths_tell_what_every_conv_does(data, capsys):
     model = nn.ModuleDict(
-        {"a": pyg.GCNConv(6, 8), "b": pyg.GATv2Conv(8, 8, edge_dim=2), "c": pyg.GraphConv(8, 8), "d": pyg.APPNP(3, 0.1)}
+        {
+            "a": pyg.GCNConv(6, 8),
+            "b": pyg.TransformerConv(8, 8, aggr="max"),
+            "c": pyg.GraphConv(8, 8),
+            "d": pyg.APPNP(3, 0.1),
+        }
     )
 
     def forward(model, batch):
@@ -310,13 +315,13 @@ def test_paths_tell_what_every_conv_does(data, capsys):
     paths = vqgnn.paths(model)
     assert [tuple(path) for path in paths] == [
         ("a", "GCNConv", "fused", "C x, computed once", 0),
-        ("b", "GATv2Conv", "generic", "fp32", 36),  # 8 numbers and their age
+        ("b", "TransformerConv", "generic", "fp32", 36),  # 8 numbers and their age
         ("c", "GraphConv", "generic", "fp32, with gradients", 72),
         ("d", "APPNP", "generic", "fp32; fp32 x 2, with gradients", 216),
     ]
     assert str(paths).splitlines()[:2] == [
-        "name  conv       path     reads                           bytes_per_node",
-        "a     GCNConv    fused    C x, computed once              0",
+        "name  conv             path     reads                           bytes_per_node",
+        "a     GCNConv          fused    C x, computed once              0",
     ]
     with pytest.raises(ValueError, match="is not converted"):
         vqgnn.paths(pyg.GCN(6, 8, 2, 3))

@@ -98,11 +98,46 @@ def test_pygs_own_code_knows_the_enlarged_graphs_degrees(conv, new):
     )
 
 
-def test_edge_features_that_new_edges_lack_are_named(new):
+EDGE_CONVS = {
+    "GATConv": lambda: pyg.GATConv(6, 3, edge_dim=3, heads=2),
+    "GATv2Conv": lambda: pyg.GATv2Conv(6, 3, edge_dim=3),
+    "TransformerConv": lambda: pyg.TransformerConv(6, 3, edge_dim=3),  # PyG's own code
+}
+
+
+@pytest.mark.parametrize("name", EDGE_CONVS)
+def test_new_edges_bring_their_features(name, new):
+    x, edges = new
+    data, attr = awkward_graph(), torch.randn(edges.size(1), 3)
+    data.edge_attr = torch.randn(data.num_edges, 3)
+    conv = vqgnn.convert(EDGE_CONVS[name](), data, method="gas", input="codes")
+    larger = enlarged(data, x, edges)
+    larger.edge_attr = torch.cat([data.edge_attr, attr])
+    out = new_nodes(conv, data, x, edges, edge_attr=attr)
+    torch.testing.assert_close(out, layerwise(conv, larger)[KNOWN:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EDGE_CONVS)
+def test_edge_features_that_new_edges_lack_are_named(name, new):
     data = awkward_graph()
     data.edge_attr = torch.randn(data.num_edges, 3)
-    conv = vqgnn.convert(pyg.GATv2Conv(6, 3, edge_dim=3), data, method="gas")
-    with pytest.raises(ValueError, match=r"GATv2Conv takes data\.edge_attr, which new nodes' edges cannot have yet"):
+    conv = vqgnn.convert(EDGE_CONVS[name](), data, method="gas")
+    e = new[1].size(1)
+    with pytest.raises(ValueError, match=f"{name} takes data.edge_attr, and edge_attr is None; give .* {e} new edges"):
+        new_nodes(conv, data, *new)
+    with pytest.raises(ValueError, match=rf"edge_attr is \[2, 3\] torch.float32; it must be \[{e}, 3\]"):
+        new_nodes(conv, data, *new, edge_attr=torch.randn(2, 3))
+    del data.edge_attr
+    with pytest.raises(ValueError, match="it must be left out, as data has none"):
+        new_nodes(conv, data, *new, edge_attr=torch.randn(e, 3))
+
+
+@pytest.mark.parametrize("name", ["FastRGCNConv"])
+def test_edge_types_that_new_edges_lack_are_named(name, new):
+    data = awkward_graph()
+    data.edge_type = torch.randint(2, (data.num_edges,))
+    conv = vqgnn.convert(getattr(pyg, name)(6, 3, 2), data, method="gas")
+    with pytest.raises(ValueError, match=f"{name} takes data.edge_type, which new nodes' edges cannot have yet"):
         new_nodes(conv, data, *new)
 
 
@@ -166,11 +201,11 @@ def test_edges_of_a_graph_on_disk(tmp_path):
         data[key] = torch.ones(KNOWN, dtype=torch.bool)
     saved = graph_writer.save(data, tmp_path / "graph", undirected=False)
     nodes = torch.tensor([0, 3, 17, 38, 39])
-    found = coalesce(serving._edges_of(data, nodes))
+    found = coalesce(serving._edges_of(data, nodes)[0])
     assert torch.equal(found, coalesce(data.edge_index[:, torch.isin(data.edge_index, nodes).any(0)]))
     expected = found[:, torch.isin(found[1], nodes)]
     assert 5 < expected.size(1) < found.size(1)
-    assert torch.equal(coalesce(serving._edges_of(saved, nodes)), expected)
+    assert torch.equal(coalesce(serving._edges_of(saved, nodes)[0]), expected)
 
 
 # The command.

@@ -120,11 +120,15 @@ TILES["attention_aggregate_fwd_kernel"] = (
     Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
 )
 TILES["attention_aggregate_bwd_rows_kernel"] = (
+    # edge_dim: of "gatv2" with edge features, whose products and their matrix's gradient take registers too
+    Tile({"BLOCK_E": 8}, 2, 1, lambda s: "edge_dim" in s and 32 < s["F"] <= 64, "registers: one warp spills a little"),
+    Tile({"BLOCK_E": 2}, 8, 1, lambda s: "edge_dim" in s and s["F"] > 256, "registers: 4 edges spill at F = 2048"),
     *_ATTENTION,
     _WIDE_ROWS,
     Tile({"BLOCK_E": 4}, 8, 1, why="registers: F may be thousands; an array takes 32 a thread at F = 2048"),
 )
 TILES["attention_aggregate_bwd_columns_kernel"] = (
+    Tile({"BLOCK_E": 1}, 8, 1, lambda s: "edge_dim" in s and s["F"] > 1024, "registers: 2 edges spill at F = 2048"),
     *_ATTENTION,
     _WIDE_ROWS,
     Tile({"BLOCK_E": 2}, 8, 1, why="registers: two arrays of 16 a thread each at F = 2048; 4 edges spill"),

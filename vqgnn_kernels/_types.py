@@ -21,7 +21,7 @@ class CSR(NamedTuple):
 
     rowptr: [r + 1] int64. Row i holds the edges rowptr[i] .. rowptr[i + 1] - 1.
     col: [e] int32. c < b is row c of x, any other c is entry c - b of halo.
-    weight: [e] fp32, or None for ones.
+    weight: [e] fp32, or None for ones; to attention_aggregate [e, columns], what edges bring to their scores.
     halo: [h] int64, the table's row for each halo column; None: the table's row is c - b itself.
     """
 

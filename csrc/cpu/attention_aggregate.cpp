@@ -22,7 +22,7 @@ using Problem = AttentionProblem;
 
 constexpr int kBlock = 32;      // edges at a time
 constexpr int kChunkRows = 16;  // rows a thread takes at a time
-constexpr int kParts = 256;     // partial sums of grad_attention: fixed, so that the threads do not matter
+constexpr int kParts = 256;     // partial sums of a weight's gradient: fixed, so that the threads do not matter
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // ---- One edge, one head ---------------------------------------------------------------------------------------------
@@ -104,11 +104,13 @@ struct Block {
   int count;                   // edges in the block
   int64_t column[kBlock];
   const float* row[kBlock];    // their rows of x or grad_out, or the decoded ones
-  const float* query[kBlock];  // csr_t: their destinations' queries
-  std::vector<float> decoded, p, keep, ds, top, total;
+  const float* query[kBlock];  // csr_t, or edges with features: their destinations' queries, with what they bring
+  int64_t edge[kBlock];        // with features: their numbers in col
+  std::vector<float> decoded, asked, p, keep, ds, top, total;
 
   Block(const Problem& problem, int64_t width)
       : decoded(kBlock * width),
+        asked(problem.edges ? kBlock * problem.heads * (problem.edge_matrix ? problem.f : 1) : 0),
         p(problem.heads * kBlock),
         keep(problem.heads * kBlock),
         ds(problem.heads * kBlock),
@@ -121,6 +123,7 @@ VQGNN_INLINE void prefetch(const float* row, int64_t width) {
 }
 
 // Takes edges from e on, up to kBlock of them, and moves e behind them; false when an entry is out of range.
+template <bool edges>
 bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t end, Block& block) {
   bool good = true;
   block.count = 0;
@@ -147,9 +150,31 @@ bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t
       block.row[k] = decoded;
     }
     block.column[k] = c;
+    if constexpr (edges) block.edge[k] = e;
     ++block.count;
   }
   return good;
+}
+
+// Adds to the query of edge k's destination what the edge brings: the score sees their sum.
+template <Score score>
+VQGNN_INLINE void ask(const Problem& p, Block& block, int k, const float* query) {
+  const int64_t width = p.heads * (score == Score::additive ? 1 : p.f);
+  float* asked = block.asked.data() + k * width;
+  block.query[k] = asked;
+  if constexpr (score == Score::additive) {
+    const float* edge = p.edges + block.edge[k] * width;
+    for (int64_t h = 0; h < width; ++h) asked[h] = query[h] + edge[h];
+  } else {
+    const float* edge = p.edges + block.edge[k] * p.edge_dim;
+    std::copy_n(query, width, asked);
+    for (int64_t d = 0; d < p.edge_dim; ++d) {
+      const float feature = edge[d];
+      const float* matrix = p.edge_matrix + d * width;
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) asked[c] += feature * matrix[c];
+    }
+  }
 }
 
 bool row_is_valid(const Problem& p, int64_t i) {
@@ -191,9 +216,17 @@ bool for_rows(const Problem& p, int64_t width, int64_t chunk_rows, const Visit& 
   return good;
 }
 
+// out [size] = the sum of kParts arrays of `size` numbers
+void add_parts(const std::vector<float>& parts, int64_t size, float* out) {
+  std::fill(out, out + size, 0.0f);
+  for (int64_t part = 0; part < kParts; ++part) {
+    for (int64_t c = 0; c < size; ++c) out[c] += parts[part * size + c];
+  }
+}
+
 // ---- The three passes over a row ------------------------------------------------------------------------------------
 
-template <Score score>
+template <Score score, bool edges>
 bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* lse) {
   const int64_t heads = p.heads, f = p.f;
   const float* query = p.query + i * heads * (score == Score::additive ? 1 : f);
@@ -203,12 +236,14 @@ bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* l
   std::fill(block.total.begin(), block.total.end(), 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
     const int count = block.count;
     if (count == 0) continue;
     for (int k = 0; k < count; ++k) {
       const float* key = score == Score::additive ? p.key + block.column[k] * heads : nullptr;
-      for (int64_t h = 0; h < heads; ++h) block.p[h * kBlock + k] = edge_score<score>(p, block.row[k], query, key, h);
+      if constexpr (edges) ask<score>(p, block, k, query);
+      const float* asked = edges ? block.query[k] : query;
+      for (int64_t h = 0; h < heads; ++h) block.p[h * kBlock + k] = edge_score<score>(p, block.row[k], asked, key, h);
     }
     fill_keep(p, block, [=](uint32_t column) { return mix(row_chain ^ column); });
     for (int64_t h = 0; h < heads; ++h) {
@@ -242,9 +277,10 @@ bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* l
   return good;
 }
 
-// grad_attention is added to.
-template <Score score>
-bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, float* grad_attention) {
+// grad_attention and, of gatv2, grad_edges [edge_dim, heads, f] are added to; else grad_edges is [num_edges, heads].
+template <Score score, bool edges>
+bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, float* grad_attention,
+                  float* grad_edges) {
   const int64_t heads = p.heads, f = p.f;
   const int64_t query_width = heads * (score == Score::additive ? 1 : f);
   const float* query = p.query + i * query_width;
@@ -253,8 +289,11 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
   std::fill(grad_query, grad_query + query_width, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
     const int count = block.count;
+    if constexpr (edges) {
+      for (int k = 0; k < count; ++k) ask<score>(p, block, k, query);
+    }
     fill_keep(p, block, [=](uint32_t column) { return mix(row_chain ^ column); });
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t offset = p.split ? h * f : 0;
@@ -265,36 +304,50 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
       const float* keep = block.keep.data() + h * kBlock;
       for (int k = 0; k < count; ++k) {
         const float* key = score == Score::additive ? p.key + block.column[k] * heads : nullptr;
-        weight[k] = edge_score<score>(p, block.row[k], query, key, h);
+        weight[k] = edge_score<score>(p, block.row[k], edges ? block.query[k] : query, key, h);
         ds[k] = dot(grad, block.row[k] + offset, f);
       }
       for (int k = 0; k < count; ++k) ds[k] = exponential(weight[k] - lse) * (keep[k] * ds[k] - delta);
       if constexpr (score == Score::additive) {
         for (int k = 0; k < count; ++k) {
-          grad_query[h] += ds[k] * leaky_slope(p.key[block.column[k] * heads + h] + query[h], slope);
+          const float asked = edges ? block.query[k][h] : query[h];
+          const float by_query = ds[k] * leaky_slope(p.key[block.column[k] * heads + h] + asked, slope);
+          grad_query[h] += by_query;
+          if constexpr (edges) grad_edges[block.edge[k] * heads + h] = by_query;
         }
       } else if constexpr (score == Score::dot) {
         for (int k = 0; k < count; ++k) ds[k] *= p.scale;
         add_rows(grad_query + h * f, f, block.row, offset, ds, count);
       } else {
         const float* attention = p.attention + h * f;
-        const float* q = query + h * f;
         for (int k = 0; k < count; ++k) {
           const float* x = block.row[k] + offset;
+          const float* q = (edges ? block.query[k] : query) + h * f;
+          // the edge's own share, in place of what it asked
+          float* share = edges ? block.asked.data() + (k * heads + h) * f : nullptr;
 #pragma omp simd
           for (int64_t c = 0; c < f; ++c) {
             const float v = x[c] + q[c];
-            grad_query[h * f + c] += ds[k] * attention[c] * leaky_slope(v, slope);
+            const float by_query = ds[k] * attention[c] * leaky_slope(v, slope);
+            grad_query[h * f + c] += by_query;
             grad_attention[h * f + c] += ds[k] * leaky(v, slope);
+            if constexpr (edges) share[c] = by_query;
           }
         }
+      }
+    }
+    if constexpr (edges && score == Score::gatv2) {
+      float feature[kBlock];
+      for (int64_t d = 0; d < p.edge_dim; ++d) {
+        for (int k = 0; k < count; ++k) feature[k] = p.edges[block.edge[k] * p.edge_dim + d];
+        add_rows(grad_edges + d * query_width, query_width, block.query, 0, feature, count);
       }
     }
   }
   return good;
 }
 
-template <Score score>
+template <Score score, bool edges>
 bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, float* grad_key) {
   const int64_t heads = p.heads, f = p.f, width = p.split ? heads * f : f;
   const int64_t query_width = heads * (score == Score::additive ? 1 : f);
@@ -306,7 +359,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
   if (grad_key) std::fill(grad_key, grad_key + heads, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[j]; e < p.rowptr[j + 1];) {
-    good &= fill(p, p.grad_out, heads * f, e, p.rowptr[j + 1], block);
+    good &= fill<edges>(p, p.grad_out, heads * f, e, p.rowptr[j + 1], block);
     const int count = block.count;
     const float *lse[kBlock], *delta[kBlock];
     for (int k = 0; k < count; ++k) {
@@ -315,6 +368,9 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
       prefetch(block.query[k], query_width);
       lse[k] = entry < 0 ? p.lse + i * heads : p.halo_stats + 2 * entry * heads;
       delta[k] = entry < 0 ? p.delta + i * heads : lse[k] + heads;
+    }
+    if constexpr (edges) {
+      for (int k = 0; k < count; ++k) ask<score>(p, block, k, block.query[k]);
     }
     fill_keep(p, block, [=](uint32_t i) { return mix(mix(first ^ i) ^ uint32_t(j)); });
     for (int64_t h = 0; h < heads; ++h) {
@@ -354,68 +410,72 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
   return good;
 }
 
-template <Score score>
+template <Score score, bool edges>
 bool forward(const Problem& p, float* out, float* lse) {
   const int64_t heads = p.heads, f = p.f;
   return for_rows(p, p.split ? heads * f : f, kChunkRows, [&](int64_t i, int64_t, Block& block) {
-    return forward_row<score>(p, i, block, out + i * heads * f, lse + i * heads);
+    return forward_row<score, edges>(p, i, block, out + i * heads * f, lse + i * heads);
   });
 }
 
-template <Score score>
-bool backward_rows(const Problem& p, float* grad_query, float* grad_attention) {
+template <Score score, bool edges>
+bool backward_rows(const Problem& p, float* grad_query, float* grad_attention, float* grad_edges) {
   const int64_t size = p.heads * p.f, query_width = score == Score::additive ? p.heads : size;
   const int64_t part_rows = std::max<int64_t>(1, (p.num_rows + kParts - 1) / kParts);
   const int64_t chunk_rows = score == Score::gatv2 ? part_rows : kChunkRows;
-  std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0);
+  const int64_t edge_size = edges && score == Score::gatv2 ? p.edge_dim * size : 0;
+  std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0), edge_parts(kParts * edge_size);
   const bool good = for_rows(p, p.split ? size : p.f, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
-    return backward_row<score>(p, i, block, grad_query + i * query_width, parts.data() + part * size);
+    float* grads = score == Score::gatv2 ? edge_parts.data() + part * edge_size : grad_edges;
+    return backward_row<score, edges>(p, i, block, grad_query + i * query_width, parts.data() + part * size, grads);
   });
   if constexpr (score == Score::gatv2) {
-    std::fill(grad_attention, grad_attention + size, 0.0f);
-    for (int64_t part = 0; part < kParts; ++part) {
-      for (int64_t c = 0; c < size; ++c) grad_attention[c] += parts[part * size + c];
-    }
+    add_parts(parts, size, grad_attention);
+    if constexpr (edges) add_parts(edge_parts, edge_size, grad_edges);
   }
   return good;
 }
 
-template <Score score>
+template <Score score, bool edges>
 bool backward_columns(const Problem& p, float* grad_x, float* grad_key) {
   const int64_t heads = p.heads, width = p.split ? heads * p.f : p.f;
   return for_rows(p, heads * p.f, kChunkRows, [&](int64_t j, int64_t, Block& block) {
-    return backward_column<score>(p, j, block, grad_x + j * width, grad_key ? grad_key + j * heads : nullptr);
+    return backward_column<score, edges>(p, j, block, grad_x + j * width, grad_key ? grad_key + j * heads : nullptr);
   });
+}
+
+template <Score score_, bool edges_>
+struct Kind {
+  static constexpr Score score = score_;
+  static constexpr bool edges = edges_;
+};
+
+template <typename Run>
+bool with_kind(const Problem& p, const Run& run) {
+  switch (p.score) {
+    case Score::additive:
+      return p.edges ? run(Kind<Score::additive, true>()) : run(Kind<Score::additive, false>());
+    case Score::dot: return run(Kind<Score::dot, false>());
+    case Score::gatv2: return p.edges ? run(Kind<Score::gatv2, true>()) : run(Kind<Score::gatv2, false>());
+  }
+  return false;
 }
 
 }  // namespace
 
 // All return false when rowptr, col or halo holds an entry out of range; the results are then unspecified.
 bool attention_forward(const AttentionProblem& p, float* out, float* lse) {
-  switch (p.score) {
-    case Score::additive: return forward<Score::additive>(p, out, lse);
-    case Score::dot: return forward<Score::dot>(p, out, lse);
-    case Score::gatv2: return forward<Score::gatv2>(p, out, lse);
-  }
-  return false;
+  return with_kind(p, [&](auto kind) { return forward<kind.score, kind.edges>(p, out, lse); });
 }
 
-bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention) {
-  switch (p.score) {
-    case Score::additive: return backward_rows<Score::additive>(p, grad_query, grad_attention);
-    case Score::dot: return backward_rows<Score::dot>(p, grad_query, grad_attention);
-    case Score::gatv2: return backward_rows<Score::gatv2>(p, grad_query, grad_attention);
-  }
-  return false;
+bool attention_backward_rows(const AttentionProblem& p, float* grad_query, float* grad_attention, float* grad_edges) {
+  return with_kind(p, [&](auto kind) {
+    return backward_rows<kind.score, kind.edges>(p, grad_query, grad_attention, grad_edges);
+  });
 }
 
 bool attention_backward_columns(const AttentionProblem& p, float* grad_x, float* grad_key) {
-  switch (p.score) {
-    case Score::additive: return backward_columns<Score::additive>(p, grad_x, grad_key);
-    case Score::dot: return backward_columns<Score::dot>(p, grad_x, grad_key);
-    case Score::gatv2: return backward_columns<Score::gatv2>(p, grad_x, grad_key);
-  }
-  return false;
+  return with_kind(p, [&](auto kind) { return backward_columns<kind.score, kind.edges>(p, grad_x, grad_key); });
 }
 
 // out[i] = the sum over branches j of lookup[j, code of row n_id[i] in branch j]; lookup is [m, K, heads].

@@ -34,6 +34,10 @@ struct AttentionProblem {
   const float* key;           // additive: [.., heads], indexed by source
   const float* attention;     // gatv2: [heads, f]
 
+  const float* edges;         // null, or what every edge brings: additive [num_edges, heads], gatv2 [num_edges, edge_dim]
+  int64_t edge_dim;
+  const float* edge_matrix;   // gatv2 with edges: [edge_dim, heads, f]
+
   const float* grad_out;      // [r, heads, f]
   const float* lse;           // [r, heads]
   const float* delta;         // [r, heads]: grad_out . out

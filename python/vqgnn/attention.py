@@ -28,7 +28,6 @@ def require_attention(conv: Attention) -> None:
     require(
         conv, isinstance(conv.in_channels, int), "in_channels", conv.in_channels, "one number for source and target"
     )
-    require(conv, conv.edge_dim is None, "edge_dim", conv.edge_dim, "edge_dim=None")
 
 
 class Attention(StoreConv):
@@ -44,6 +43,18 @@ class Attention(StoreConv):
     @property
     def softmax_heads(self) -> int:
         return self.heads
+
+    def edge_convolution(self) -> Convolution:
+        """The adjacency with what this conv takes of edges and, where it adds them, of self loops."""
+        require_attention(self)
+        fill = self.fill_value if self.add_self_loops and self.edge_dim is not None else None
+        if isinstance(fill, Tensor):  # a key is compared by value
+            fill = tuple(fill.flatten().tolist())
+        return Convolution("attention", add_self_loops=self.add_self_loops, edge_dim=self.edge_dim, fill=fill)
+
+    def edge_weight(self) -> Tensor:
+        """[heads, out_channels, edge_dim]: W_e by head."""
+        return self.lin_edge.weight.view(self.heads, self.out_channels, self.edge_dim)
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
@@ -72,15 +83,14 @@ class Attention(StoreConv):
 class GATConv(Attention, pyg.GATConv):
     """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
 
-    The store keeps z.
+    With edge_dim, a_edge W_e e_ij joins the score. The store keeps z.
     """
 
     propagate_type: ClassVar = {"x": OptPairTensor, "alpha": Tensor}
     edge_updater_type: ClassVar = {"alpha": OptPairTensor, "edge_attr": OptTensor}
 
     def convolution(self) -> Convolution:
-        require_attention(self)
-        return Convolution("attention", add_self_loops=self.add_self_loops)
+        return self.edge_convolution()
 
     def message_input(self, x: Tensor) -> Tensor:
         return self.lin(x)
@@ -88,6 +98,7 @@ class GATConv(Attention, pyg.GATConv):
     def batch_messages(
         self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        neighbours = self._with_edge_scores(neighbours)
         csr, rows, csr_t, grad_rows, rows_t, _ = neighbours
         values = source.view(-1, self.heads, self.out_channels)
         key = (values * self.att_src).sum(2)
@@ -97,6 +108,16 @@ class GATConv(Attention, pyg.GATConv):
         if grad_rows is not None:
             query = torch.cat([query, row_scores(rows_t, entries(csr_t, rows_t), self._score_weight(self.att_dst))])
         return self.attend(source, neighbours, query, key=key, mode="additive", negative_slope=self.negative_slope)
+
+    def _with_edge_scores(self, neighbours: Neighbours) -> Neighbours:
+        """Edges' features [e, edge_dim] made [e, heads], their shares of the scores."""
+        csr, csr_t = neighbours.csr, neighbours.csr_t
+        if csr.weight is None:
+            return neighbours
+        by_head = (self.edge_weight() * self.att_edge[0, :, :, None]).sum(1)
+        if csr_t is not None:
+            csr_t = csr_t._replace(weight=F.linear(csr_t.weight, by_head.detach()))
+        return neighbours._replace(csr=csr._replace(weight=F.linear(csr.weight, by_head)), csr_t=csr_t)
 
     def _score_weight(self, attention: Tensor) -> Tensor:
         """[heads * out_channels, heads]: z @ it is z's score by head."""
@@ -113,7 +134,8 @@ class GATConv(Attention, pyg.GATConv):
 class GATv2Conv(Attention, pyg.GATv2Conv):
     """PyG's GATv2Conv (Brody et al.): M_i = sum_j softmax_j(a . leaky_relu(W_l x_j + W_r x_i)) W_l x_j.
 
-    The store keeps W_l x; with gradients and without share_weights a second one keeps W_r x.
+    With edge_dim, W_e e_ij joins the sum inside; the kernel computes it edge by edge. The store keeps W_l x; with
+    gradients and without share_weights a second one keeps W_r x.
     """
 
     propagate_type: ClassVar = {"x": PairTensor, "alpha": Tensor}
@@ -124,8 +146,7 @@ class GATv2Conv(Attention, pyg.GATv2Conv):
         return 0 if self.share_weights else self.heads * self.out_channels
 
     def convolution(self) -> Convolution:
-        require_attention(self)
-        return Convolution("attention", add_self_loops=self.add_self_loops)
+        return self.edge_convolution()
 
     def message_input(self, x: Tensor) -> Tensor:
         return self.lin_l(x)
@@ -143,6 +164,8 @@ class GATv2Conv(Attention, pyg.GATv2Conv):
                 query = torch.cat([query, pull_rows(rows, entries(neighbours.csr_t, rows), source.size(1))])
         query = query.view(-1, self.heads, self.out_channels)
         options = {"attention": self.att[0], "negative_slope": self.negative_slope}
+        if neighbours.csr.weight is not None:
+            options["edge_matrix"] = self.edge_weight().permute(2, 0, 1)
         return self.attend(source, neighbours, query, mode="gatv2", **options)
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
@@ -167,6 +190,7 @@ class TransformerConv(Attention, pyg.TransformerConv):
 
     def convolution(self) -> Convolution:
         require_attention(self)
+        require(self, self.edge_dim is None, "edge_dim", self.edge_dim, "edge_dim=None")  # edges bring values here, too
         return Convolution("attention", add_self_loops=False)
 
     def message_input(self, x: Tensor) -> Tensor:

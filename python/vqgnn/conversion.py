@@ -59,9 +59,8 @@ def convert(
 
     Args:
         model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
-            GATv2Conv and TransformerConv (these three without edge features) and ChebConv have fused kernels; every
-            other `MessagePassing`, and one with hooks on its messages, runs its own code (`vqgnn.paths` tells which
-            does).
+            GATv2Conv (both with edge_dim too), TransformerConv (without) and ChebConv have fused kernels; every other
+            `MessagePassing`, and one with hooks on its messages, runs its own code (`vqgnn.paths` tells which does).
         data: the whole graph; normalisation coefficients come from it, and edge_weight, edge_attr and edge_type where
             a conv takes them (call it with None in their place). It may stay in RAM for a model of fused convs on a
             GPU: give BatchLoader the model's device then. With a `HeteroData` each conv of the model, made by PyG's
@@ -141,6 +140,7 @@ def convert(
             dim, sees_features = calls[conv]
             generic = isinstance(conv, GenericConv)
             use = uses[conv] = StoreUse(conv.survey.edges if generic else conv.convolution(), whole=method == "full")
+            graph.edge_features(use.convolution)  # now, as they may not fit
             sees_features |= conv.follows_hop is not None and uses[conv.follows_hop].input is not None
             if sees_features and input != "codes":
                 if input == "precompute" and not conv.fixed:

@@ -31,6 +31,8 @@ class Convolution:
     kind: "gcn" (symmetrically normalised), "mean" or "sum" (adjacency, row-normalised or not), "attention" (adjacency,
         with add_self_loops exactly one loop a node; its weights are computed by the conv), or "cheb" (the Laplacian of
         that normalization, scaled to eigenvalues in [-1, 1], of whose Chebyshev polynomials `order` are used).
+    edge_dim: columns of data.edge_attr that an attention takes; None: it takes none. fill: PyG's fill_value, what self
+        loops get in its place.
     """
 
     kind: str
@@ -39,6 +41,8 @@ class Convolution:
     improved: bool = False
     normalization: str | None = None
     order: int = 0
+    edge_dim: int | None = None
+    fill: float | str | tuple[float, ...] | None = None
 
     def edges(self, graph: Graph) -> tuple[Tensor, Tensor | None]:
         """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
@@ -150,6 +154,17 @@ def check_edge_weight(name: str, weight: Tensor | None, num_edges: int) -> None:
         )
 
 
+def check_edge_attr(name: str, edge_attr: Tensor, num_edges: int, edge_dim: int) -> None:
+    """Raise a ValueError unless edge_attr is [num_edges, edge_dim] float32; one column may be without its dimension."""
+    shape = (num_edges,) if edge_attr.dim() == 1 and edge_dim == 1 else (num_edges, edge_dim)
+    if edge_attr.shape != shape or edge_attr.dtype != torch.float32:
+        raise ValueError(
+            f"{name} is {list(edge_attr.shape)} {edge_attr.dtype}; a conv of edge_dim={edge_dim} needs "
+            f"[num_edges={num_edges}, {edge_dim}] torch.float32: give every edge so many numbers, by .float(), or set "
+            "the conv's edge_dim"
+        )
+
+
 class Graph:
     """A PyG `Data` as the convolution matrices that its models need, each built once and kept.
 
@@ -178,6 +193,7 @@ class Graph:
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
         self._terms: dict[Convolution, list[Tensor]] = {}
+        self._edge_features: dict[Convolution, Tensor] = {}
         # What the converted models need of a batch, by the name of BatchGraph's method.
         self.wanted: dict[tuple[Convolution, str], None] = {}
         self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
@@ -213,6 +229,30 @@ class Graph:
             ends = (source, target) if transposed else (target, source)
             self._orders[convolution, transposed] = compress(*ends, self.num_nodes, self.num_nodes)[2]
         return self._orders[convolution, transposed]
+
+    def edge_features(self, convolution: Convolution) -> Tensor | None:
+        """[e, edge_dim] what the conv takes of each of `convolution.edges`; None: of this graph it takes none.
+
+        A self loop that PyG would add gets the mean of the edges to its node, or what `fill` says, of the whole graph.
+        """
+        if convolution.edge_dim is None or "edge_attr" not in self.edge_tensors:
+            return None
+        if convolution not in self._edge_features:
+            self.matrix(convolution)  # of a graph on disk there is none, and no edge has features
+            features, fill = self.edge_tensors["edge_attr"].detach(), convolution.fill
+            check_edge_attr("data.edge_attr", features, self.edge_index.size(1), convolution.edge_dim)
+            features = features.view(len(features), convolution.edge_dim)
+            if convolution.add_self_loops:
+                if isinstance(fill, tuple):
+                    if len(fill) != convolution.edge_dim:
+                        raise ValueError(
+                            f"fill_value has {len(fill)} numbers for edge_dim={convolution.edge_dim}; give one a column"
+                        )
+                    fill = torch.tensor(fill)
+                edge_index, features = remove_self_loops(self.edge_index, features)
+                features = add_self_loops(edge_index, features, fill, self.num_nodes)[1]
+            self._edge_features[convolution] = features.contiguous()
+        return self._edge_features[convolution]
 
     def rows_of(self, convolution: Convolution, start: int, stop: int) -> CSR:
         """Rows start..stop of C with columns that index a table of all nodes directly."""
@@ -335,7 +375,10 @@ class BatchGraph:
         return self.x is self.graph.x
 
     def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo."""
+        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo.
+
+        Of an attention with edge features their weights are these, [e, edge_dim].
+        """
         return self._once("csr", convolution)
 
     def bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
@@ -377,6 +420,17 @@ class BatchGraph:
         return self._made[name, convolution]
 
     def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        forward, transposed = self._sliced(convolution)
+        features = self.graph.edge_features(convolution)
+        if features is None:
+            return forward, transposed
+        m, order = self.graph.matrix(convolution), self.graph.order
+        ids, ids_t = order(convolution), order(convolution, transposed=True)
+        if not self.whole:
+            ids, ids_t = ids[self._places(m.rowptr, forward)], ids_t[self._places(m.rowptr_t, transposed)]
+        return forward._replace(weight=features[ids]), transposed._replace(weight=features[ids_t])
+
+    def _sliced(self, convolution: Convolution) -> tuple[CSR, CSR]:
         m = self.graph.matrix(convolution)
         if self.whole:
             none = self.n_id.new_empty(0)
@@ -388,6 +442,10 @@ class BatchGraph:
             return forward, forward
         weight_t = kernels.csr_slice_values(m.rowptr, self.n_id, forward.rowptr, m.weight_t)
         return forward, forward._replace(weight=weight_t)
+
+    def _places(self, rowptr: Tensor, csr: CSR) -> Tensor:
+        """[e] where the edges of the batch's rows stand in the graph's matrix."""
+        return self._edge_index(rowptr, self.n_id, csr.rowptr, csr.col)[2]
 
     def _slice(self, rowptr: Tensor, col: Tensor, weight: Tensor | None) -> CSR:
         rowptr_b, col_b, halo = kernels.csr_slice(rowptr, col, self.n_id)
@@ -406,7 +464,7 @@ class BatchGraph:
             rowptr_t = torch.searchsorted(
                 csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device)
             )
-            csr_t = CSR(rowptr_t, row[order], None, none)
+            csr_t = CSR(rowptr_t, row[order], None if csr.weight is None else csr.weight[order], none)
         return csr._replace(halo=none), csr_t, self.graph.x[csr.halo]
 
     def _make_input_messages(self, convolution: Convolution) -> Tensor:

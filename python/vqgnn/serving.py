@@ -28,6 +28,7 @@ def new_nodes(
     x: Tensor,
     edge_index: Tensor,
     forward: Callable[[nn.Module, Batch], Tensor] = call_model,
+    edge_attr: Tensor | None = None,
 ) -> Tensor:
     """The converted model's output [k, out_channels] for k new nodes of the graph `data` of n nodes.
 
@@ -43,6 +44,7 @@ def new_nodes(
         x: [k, f] float32, the new nodes' features.
         edge_index: [2, e] int64, edges from `edge_index[0]` to `edge_index[1]`, each with at least one new node; the
             new nodes' ids are n..n+k-1. Where the graph is undirected, give both directions.
+        edge_attr: [e, D] or [e], as data.edge_attr, of these edges. Needed where a conv takes it.
 
     Raises:
         ValueError: features or edges that do not fit, or a model without states.
@@ -60,6 +62,12 @@ def new_nodes(
     between_known = int((edge_index < n).all(0).sum())
     if between_known:
         raise ValueError(f"edge_index has {between_known} edges between known nodes; each needs a new one, {n}..")
+    known_attr = data.get("edge_attr")
+    if edge_attr is not None:
+        wanted = None if known_attr is None else (edge_index.size(1), *known_attr.shape[1:])
+        if wanted is None or edge_attr.shape != wanted or edge_attr.dtype != known_attr.dtype:
+            needed = "left out, as data has none" if wanted is None else f"{list(wanted)} {known_attr.dtype}"
+            raise ValueError(f"edge_attr is {list(edge_attr.shape)} {edge_attr.dtype}; it must be {needed}")
     if "edge_weight" in data:
         raise ValueError("data has edge_weight, which new nodes' edges cannot have yet; use inference.layerwise")
     uses = []
@@ -69,16 +77,23 @@ def new_nodes(
                 f"{type(conv).__name__} reads more of the graph than a node's edges; add the new nodes to the graph "
                 "and use inference.layerwise"
             )
-        if not isinstance(conv, GenericConv):
+        if isinstance(conv, GenericConv):
+            uses += [hop.store_use for hop in conv.survey.hops] if conv.survey else [None]
+            taken = [*taken_edge_tensors(conv, Graph.of(data))]
+        else:
             uses.append(conv.store_use)
-            continue
-        uses += [hop.store_use for hop in conv.survey.hops] if conv.survey else [None]
-        taken = taken_edge_tensors(conv, Graph.of(data))
-        if taken:
-            names = " and ".join(f"data.{name}" for name in taken)
+            takes = conv.store_use is not None and Graph.of(data).edge_features(conv.store_use.convolution) is not None
+            taken = ["edge_attr"] if takes else []
+        if "edge_attr" in taken and edge_attr is None:
             raise ValueError(
-                f"{type(conv).__name__} takes {names}, which new nodes' edges cannot have yet; add the new nodes to "
-                "the graph and use inference.layerwise"
+                f"{type(conv).__name__} takes data.edge_attr, and edge_attr is None; give that of the "
+                f"{edge_index.size(1)} new edges"
+            )
+        other = [f"data.{name}" for name in taken if name != "edge_attr"]
+        if other:
+            raise ValueError(
+                f"{type(conv).__name__} takes {' and '.join(other)}, which new nodes' edges cannot have yet; add the "
+                "new nodes to the graph and use inference.layerwise"
             )
     if any(use is None or (use.store is None and use.input is None) for use in uses):
         raise ValueError(
@@ -87,7 +102,7 @@ def new_nodes(
         )
     device = device_of(model, data)
     known = edge_index[edge_index < n].unique()
-    graph = Graph(_surroundings(data, x, edge_index, known).to(device))
+    graph = Graph(_surroundings(data, x, edge_index, known, edge_attr).to(device))
     known = known.to(device)
 
     def answer(conv: StoreConv | Hop, value: Tensor, batch: BatchGraph, output=None) -> Tensor:
@@ -111,7 +126,7 @@ def new_nodes(
             survey.edges = known_edges
 
 
-def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> Data:
+def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor, edge_attr: Tensor | None) -> Data:
     """The graph of the new nodes 0..k-1, their known neighbours k.., and one last node for all others.
 
     It has every edge of those nodes, so that the rows of any convolution normalised by degrees are right.
@@ -120,22 +135,28 @@ def _surroundings(data: Data, x: Tensor, edge_index: Tensor, known: Tensor) -> D
     local = torch.full((n + k,), k + h, device=x.device)
     local[known] = torch.arange(k, k + h, device=x.device)
     local[n:] = torch.arange(k, device=x.device)
-    edges = local[torch.cat([edge_index, _edges_of(data, known)], 1)]
+    edges_of, ids = _edges_of(data, known)
+    edges = local[torch.cat([edge_index, edges_of], 1)]
     features = torch.cat([x, data.x[known], x.new_zeros(1, x.size(1))])
-    return Data(x=features, edge_index=edges)
+    surroundings = Data(x=features, edge_index=edges)
+    if edge_attr is not None:
+        surroundings.edge_attr = torch.cat([edge_attr, data.edge_attr[ids]])
+    return surroundings
 
 
-def _edges_of(data: Data, nodes: Tensor) -> Tensor:
-    """[2, e] edges of the graph at these nodes [h], ascending; of one on disk only those that lead to them.
+def _edges_of(data: Data, nodes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[2, e] edges of the graph at these nodes [h], ascending, and their numbers.
 
-    Only PyG's own code may ask for how many leave a node, and that needs a graph in memory.
+    Of one on disk, whose edges have no features, only those that lead to them, without numbers. Only PyG's own code may
+    ask for how many leave a node, and that needs a graph in memory.
     """
     if not isinstance(data, MappedData):
         wanted = torch.zeros(data.num_nodes, dtype=torch.bool, device=nodes.device)
         wanted[nodes] = True
-        return data.edge_index[:, wanted[data.edge_index].any(0)]
+        ids = wanted[data.edge_index].any(0).nonzero().flatten()
+        return data.edge_index[:, ids], ids
     start = data.rowptr[nodes]
     count = data.rowptr[nodes + 1] - start
     first = count.cumsum(0) - count  # where a node's edges begin in the result
     edge = torch.arange(int(count.sum())) + (start - first).repeat_interleave(count)
-    return torch.stack([data.col[edge].long(), nodes.repeat_interleave(count)])
+    return torch.stack([data.col[edge].long(), nodes.repeat_interleave(count)]), None

@@ -226,7 +226,7 @@ def require_no_more(conv, args: tuple, kwargs: dict) -> None:
     if given:
         raise ValueError(
             f"{type(conv).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
-            "weights; set data.edge_weight before vqgnn.convert instead"
+            "edge_weight and edge_attr; set data.edge_weight, data.edge_attr before vqgnn.convert instead"
         )
 
 

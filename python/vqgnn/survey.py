@@ -44,6 +44,7 @@ class Recorded:
 
     edge_index: Tensor
     values: list[dict[str, Tensor]]
+    edge_dim: ClassVar[None] = None  # PyG's code is given edges' values with their ids
 
     def edges(self, graph: Graph) -> tuple[Tensor, None]:
         return self.edge_index, None

@@ -28,7 +28,7 @@ def random_rows(codec, width, device, **options):
 
 def check(
     device, mode, split, codec, features, *, heads=2, r=5, b=4, h=6, h_t=3, edges=20, dtype=torch.float32, dropout=0.0,
-    grad_codec="fp16", halo=True, tolerance=1e-4, **table,
+    grad_codec="fp16", halo=True, tolerance=1e-4, edge_dim=None, **table,
 ):  # fmt: skip
     """Values and every gradient against reference.py; csr and csr_t are unrelated: the kernels read one at a time."""
     w = heads * features if split else features
@@ -44,14 +44,20 @@ def check(
     key = torch.randn(b + h, heads, device=device, requires_grad=True) if mode == "additive" else None
     attention = torch.randn(heads, features, device=device, requires_grad=True) if mode == "gatv2" else None
     stats = torch.randn(h_t, 2, heads, device=device) + 3 if grad_rows else None
+    matrix = None
+    if edge_dim is not None:
+        columns = heads if mode == "additive" else edge_dim
+        csr, csr_t = (c._replace(weight=torch.randn(edges, columns, device=device)) for c in (csr, csr_t))
+        if mode == "gatv2":
+            matrix = torch.randn(edge_dim, heads, features, device=device, requires_grad=True)
     seed = torch.tensor(2**32 - 7, device=device)
     out, lse = attention_aggregate(
         x, csr, query, key, heads=heads, mode=mode, split=split, rows=rows, csr_t=csr_t, grad_rows=grad_rows,
-        halo_stats=stats, attention=attention, dropout=dropout, seed=seed, **OPTIONS,
+        halo_stats=stats, attention=attention, edge_matrix=matrix, dropout=dropout, seed=seed, **OPTIONS,
     )  # fmt: skip
     options = (mode, heads, split, *OPTIONS.values(), dropout, seed)
     with torch.no_grad():
-        want, want_lse = truth.forward(x, csr, rows, query, key, attention, *options)
+        want, want_lse = truth.forward(x, csr, rows, query, key, attention, matrix, *options)
     assert out.dtype == dtype and lse.dtype == torch.float32
     near = {"atol": tolerance, "rtol": tolerance}
     torch.testing.assert_close(out.detach(), want, **near)
@@ -64,11 +70,11 @@ def check(
     from vqgnn_kernels.attention_aggregate import triton as kernels
 
     with torch.no_grad():
-        for name, matrix in (
+        for name, bundle in (
             ("backward_rows", (csr, rows)),
             ("backward_columns", (csr_t, grad_rows, stats)),
         ):
-            args = (grad_out, D, lse, x, *matrix, query, key, attention, *options)
+            args = (grad_out, D, lse, x, *bundle, query, key, attention, matrix, *options)
             for got, expected in zip(getattr(kernels, name)(*args), getattr(truth, name)(*args), strict=True):
                 assert (got is None) == (expected is None)
                 if got is not None:
@@ -80,6 +86,13 @@ def check(
 @pytest.mark.parametrize("mode", ["additive", "dot", "gatv2"])
 def test_modes(device, mode, split, dropout):
     check(device, mode, split, "pq8", 8, dropout=dropout)
+
+
+@pytest.mark.parametrize("codec", ["none", "pq8"])
+@pytest.mark.parametrize("edge_dim", [1, 5, 9])  # 9: two programs share the gradient of the matrix
+@pytest.mark.parametrize(("mode", "split"), [("additive", True), ("gatv2", True), ("gatv2", False)])
+def test_edge_features(device, mode, split, edge_dim, codec):
+    check(device, mode, split, codec, 5, grad_codec=codec, edge_dim=edge_dim, dropout=0.3, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("features", [8, 5, 1])  # a head's columns begin at a codeword, inside one, inside a byte
@@ -106,7 +119,8 @@ def test_no_halo_map(device):
 def test_split_rows(device, monkeypatch, mode, split):
     """Rows of some 10 edges: parts before and after their chunks, and chunks that two rows share."""
     monkeypatch.setattr(_chunks, "CHUNK", 4)
-    check(device, mode, split, "pq8", 5, r=4, b=3, edges=30, dropout=0.2, tolerance=1e-3)
+    edge_dim = None if mode == "dot" else 3
+    check(device, mode, split, "pq8", 5, r=4, b=3, edges=30, dropout=0.2, tolerance=1e-3, edge_dim=edge_dim)
 
 
 def test_row_longer_than_the_shipped_chunk(device, monkeypatch):
@@ -131,16 +145,22 @@ def test_every_shipped_tile(device, features):
     check(device, "dot", True, "int8", features, heads=1, r=2, b=2, edges=21, tolerance=1e-3)
 
 
+@pytest.mark.parametrize("features", [40, 300, 1100])
+def test_every_shipped_tile_of_edge_features(device, features):
+    check(device, "gatv2", True, "int8", features, heads=1, r=2, b=2, edges=21, edge_dim=3, tolerance=1e-2)
+
+
 def test_partial_sums_of_attention(device, monkeypatch):
     from vqgnn_kernels.attention_aggregate import triton as kernels
 
     monkeypatch.setattr(kernels, "_ROWS_PER_PARTIAL", 2)
-    check(device, "gatv2", True, "none", 4, r=5, b=3)
+    check(device, "gatv2", True, "none", 4, r=5, b=3, edge_dim=3)
 
 
 @pytest.mark.parametrize(("r", "b"), [(1, 1), (0, 3), (3, 0)], ids=str)
 def test_small_shapes(device, r, b):
-    check(device, "additive", True, "fp32", 4, r=r, b=b, edges=0 if 0 in (r, b) else 5)
+    for mode, edge_dim in (("additive", None), ("additive", 2), ("gatv2", 2)):
+        check(device, mode, True, "fp32", 4, r=r, b=b, edges=0 if 0 in (r, b) else 5, edge_dim=edge_dim)
 
 
 def test_gradients_reach_every_input(device, monkeypatch):

@@ -30,6 +30,7 @@ def attention_aggregate(
     grad_rows: Rows | None = None,
     halo_stats: Tensor | None = None,
     attention: Tensor | None = None,
+    edge_matrix: Tensor | None = None,
     negative_slope: float = 0.2,
     scale: float = 1.0,
     dropout: float = 0.0,
@@ -43,6 +44,9 @@ def attention_aggregate(
         "additive" (GAT):   s_ijh = leaky_relu(key[j, h] + query[i, h])
         "dot":              s_ijh = scale * <query[i, h], x_jh>
         "gatv2":            s_ijh = <attention[h], leaky_relu(x_jh + query[i, h])>
+    To the query of an edge (i, j), an edge with features adds
+        "additive":         csr.weight[ij, h], a matrix product of its features that the caller makes: [e, H] is small
+        "gatv2":            sum_d csr.weight[ij, d] edge_matrix[d, h], made edge by edge: [e, H, F] would not be
     A row of x or of a table serves as key and as value: x_jh is its columns h*F .. (h+1)*F (split) or all of it.
 
     The gradient of x and key is exact over the batch's own rows. Out-of-batch destinations join it as constants: their
@@ -53,7 +57,8 @@ def attention_aggregate(
 
     Args:
         x: [b, w] fp32/fp16/bf16, the batch's own rows, w = H*F (split) or F.
-        csr: r rows, weight None; columns < b are rows of x, the others are halo entries.
+        csr: r rows; columns < b are rows of x, the others are halo entries. Its weight is None or, of edges with
+            features, [e, H] ("additive") or [e, D] ("gatv2").
         query: [r + h_t, H] ("additive") or [r + h_t, H, F]; the rows from r on belong to csr_t's halo and get no
             gradient. Without grad_rows r rows are enough.
         key: "additive" only, [b + h, H] for x's rows and csr's halo entries; the latter get no gradient. Without rows
@@ -61,10 +66,12 @@ def attention_aggregate(
         heads: H.
         rows: the table of w columns that csr's halo entries point into; None: they take no part in the softmax.
         csr_t: the transposed matrix, b rows; columns < r are rows of out, the others are entries of csr_t.halo. Needed
-            when x or key requires a gradient.
+            when x or key requires a gradient. Its weight is None or, where csr's is not, as wide; it gets no gradient.
         grad_rows: the table of stored output gradients, H*F columns, that csr_t.halo points into; None skips them.
         halo_stats: [h_t, 2, H] fp32 with grad_rows: lse and D = <grad_out, out> by head, of csr_t's halo entries.
         attention: "gatv2" only, [H, F].
+        edge_matrix: "gatv2" with csr.weight only, [D, H, F]. Its gradient, or that of csr.weight in mode "additive", is
+            that of the batch's rows; the features of "gatv2" get none.
         negative_slope: of the leaky relu.
         scale: of "dot".
         dropout: share of attention weights set to 0, in [0, 1).
@@ -77,7 +84,7 @@ def attention_aggregate(
         ValueError: wrong dtype, shape or argument, csr_t missing, or, on CPU back-ends, a column or halo entry out of
             range. On CUDA looking for these would need a synchronisation; such edges are skipped.
     """
-    num_rows, b, w = _check_forward(x, csr, query, key, heads, mode, split, rows, attention, dropout)
+    num_rows, b, w = _check_forward(x, csr, query, key, heads, mode, split, rows, attention, edge_matrix, dropout)
     wants_columns = x.requires_grad or (key is not None and key.requires_grad)
     if csr_t is None:
         if wants_columns and torch.is_grad_enabled():
@@ -85,9 +92,11 @@ def attention_aggregate(
         if grad_rows is not None:
             raise ValueError("grad_rows was given without csr_t, the transposed CSR whose halo reads it; pass both")
     else:
-        if check_csr("csr_t", csr_t) != b:
+        if check_csr("csr_t", csr_t._replace(weight=None)) != b:
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
-        _check_unweighted("csr_t", csr_t)
+        if (csr_t.weight is None) != (csr.weight is None):
+            raise ValueError("csr and csr_t must both have a weight, or none: what their edges bring to the scores")
+        _check_edges("csr_t", csr_t, mode, heads, edge_matrix)
     if grad_rows is not None:
         check_rows("grad_rows", grad_rows, heads * w if not split else w)
         num_halo = _num_halo(csr_t, grad_rows)
@@ -103,7 +112,7 @@ def attention_aggregate(
         seed = torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=x.device)
     out, lse = _attention_aggregate(
         x, *_flat(csr, rows), *_flat(csr_t, grad_rows), halo_stats, query.float(),
-        None if key is None else key.float(), None if attention is None else attention.float(),
+        *(None if t is None else t.float() for t in (key, attention, edge_matrix)),
         mode, heads, split, negative_slope, scale, dropout, seed,
     )  # fmt: skip
     return out, lse.detach()
@@ -154,7 +163,9 @@ def row_scores(rows: Rows, n_id: Tensor, weight: Tensor) -> Tensor:
     return _row_scores(*rows, n_id, weight.detach())
 
 
-def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, dropout) -> tuple[int, int, int]:
+def _check_forward(
+    x, csr, query, key, heads, mode, split, rows, attention, edge_matrix, dropout
+) -> tuple[int, int, int]:
     """(r, b, w) of valid arguments."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
@@ -165,8 +176,12 @@ def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, drop
     if heads < 1 or (split and w % heads):
         raise ValueError(f"heads={heads} must be at least 1 and, with split=True, divide x's {w} columns")
     features = w // heads if split else w
-    num_rows = check_csr("csr", csr)
-    _check_unweighted("csr", csr)
+    num_rows = check_csr("csr", csr._replace(weight=None))
+    if edge_matrix is not None:
+        check_tensor("edge_matrix", edge_matrix, FLOATS, (None, heads, features))
+    if (edge_matrix is None) != (mode != "gatv2" or csr.weight is None):
+        raise ValueError(f'edge_matrix is for mode "gatv2" with csr.weight, and needed there; got mode {mode!r}')
+    _check_edges("csr", csr, mode, heads, edge_matrix)
     num_halo = 0
     if rows is not None:
         check_rows("rows", rows, w)
@@ -187,9 +202,13 @@ def _check_forward(x, csr, query, key, heads, mode, split, rows, attention, drop
     return num_rows, b, w
 
 
-def _check_unweighted(name: str, csr: CSR) -> None:
-    if csr.weight is not None:
-        raise ValueError(f"{name}.weight must be None: attention weighs the edges; use {name}._replace(weight=None)")
+def _check_edges(name: str, csr: CSR, mode: str, heads: int, edge_matrix: Tensor | None) -> None:
+    if csr.weight is None:
+        return
+    if mode == "dot":
+        raise ValueError(f'{name}.weight must be None in mode "dot", whose scores know no edge features')
+    columns = heads if edge_matrix is None else edge_matrix.shape[0]
+    check_tensor(f"{name}.weight", csr.weight, FLOATS, (csr.col.shape[0], columns))
 
 
 def _num_halo(csr: CSR, rows: Rows) -> int:
@@ -197,70 +216,66 @@ def _num_halo(csr: CSR, rows: Rows) -> int:
 
 
 def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
-    """The seven op arguments of a matrix and its table; codec "" says that there is no table."""
-    rowptr, col, _, halo = csr or (None,) * 4
-    return (rowptr, col, halo, *(rows or ("", None, None, None)))
+    """The eight op arguments of a matrix and its table; codec "" says that there is no table."""
+    rowptr, col, weight, halo = csr or (None,) * 4
+    return (rowptr, col, None if weight is None else weight.float(), halo, *(rows or ("", None, None, None)))
 
 
-def _bundle(rowptr, col, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
-    return CSR(rowptr, col, None, halo), Rows(codec, data, scale, codebook) if codec else None
+def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
+    return CSR(rowptr, col, weight, halo), Rows(codec, data, scale, codebook) if codec else None
 
 
 def _forward_impl(x, *args):
-    csr, rows = _bundle(*args[:7])
-    query, key, attention, *options = args[15:]
+    (csr, rows), operands = _bundle(*args[:8]), args[17:]
     kernels = implementation(__name__, x)
     if kernels is not reference:
-        result = kernels.forward(x, csr, rows, query, key, attention, *options)
+        result = kernels.forward(x, csr, rows, *operands)
         if result is not None:
             return result
     check_entries(csr, x.shape[0], rows)
-    return reference.forward(x, csr, rows, query, key, attention, *options)
+    return reference.forward(x, csr, rows, *operands)
 
 
 def _forward_fake(x, rowptr, *args):
-    heads, split = args[18], args[19]
+    heads, split = args[21], args[22]
     num_rows, features = rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
     return x.new_empty(num_rows, heads, features), x.new_empty(num_rows, heads, dtype=torch.float32)
 
 
 def _rows_impl(grad_out, D, lse, x, *args):
-    csr, rows = _bundle(*args[:7])
-    query, key, attention, *options = args[7:]
+    (csr, rows), operands = _bundle(*args[:8]), args[8:]
     kernels = implementation(__name__, x)
     result = None
     if kernels is not reference:
-        result = kernels.backward_rows(grad_out, D, lse, x, csr, rows, query, key, attention, *options)
+        result = kernels.backward_rows(grad_out, D, lse, x, csr, rows, *operands)
     if result is None:
         check_entries(csr, x.shape[0], rows)
-        result = reference.backward_rows(grad_out, D, lse, x, csr, rows, query, key, attention, *options)
-    grad_query, grad_attention = result
-    return grad_query, query.new_empty(0) if grad_attention is None else grad_attention
+        result = reference.backward_rows(grad_out, D, lse, x, csr, rows, *operands)
+    return tuple(lse.new_empty(0) if grad is None else grad for grad in result)
 
 
 def _rows_fake(grad_out, D, lse, x, rowptr, *args):
-    query, attention = args[6], args[8]
+    weight, query, attention, edge_matrix = args[1], args[7], args[9], args[10]
+    like = (attention, weight if edge_matrix is None else edge_matrix)
     grad_query = query.new_empty(rowptr.shape[0] - 1, *query.shape[1:])
-    return grad_query, query.new_empty(0) if attention is None else torch.empty_like(attention)
+    return grad_query, *(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in like)
 
 
 def _columns_impl(grad_out, D, lse, x, *args):
-    csr_t, grad_rows = _bundle(*args[:7])
-    halo_stats, query, key, attention, *options = args[7:]
+    (csr_t, grad_rows), constants = _bundle(*args[:8]), args[8:]
     kernels = implementation(__name__, x)
     result = None
-    constants = (halo_stats, query, key, attention, *options)
     if kernels is not reference:
         result = kernels.backward_columns(grad_out, D, lse, x, csr_t, grad_rows, *constants)
     if result is None:
         check_entries(csr_t, grad_out.shape[0], grad_rows)
         result = reference.backward_columns(grad_out, D, lse, x, csr_t, grad_rows, *constants)
     grad_x, grad_key = result
-    return grad_x, query.new_empty(0) if grad_key is None else grad_key
+    return grad_x, lse.new_empty(0) if grad_key is None else grad_key
 
 
 def _columns_fake(grad_out, D, lse, x, *args):
-    query, key = args[8], args[9]
+    query, key = args[9], args[10]
     grad_key = query.new_empty(0) if key is None else key.new_empty(x.shape[0], key.shape[1])
     return x.new_empty(x.shape), grad_key
 
@@ -268,27 +283,33 @@ def _columns_fake(grad_out, D, lse, x, *args):
 def _setup_context(ctx, inputs, output):
     # The tables are plain attributes, not save_for_backward: they may be updated in place between forward and backward,
     # which autograd's version counter would refuse.
-    ctx.matrix, ctx.matrix_t = inputs[1:8], inputs[8:16]  # the latter with halo_stats
-    ctx.options = inputs[19:]
-    ctx.save_for_backward(inputs[0], *inputs[16:19], *output)
+    rowptr, col, weight, *ctx.table = inputs[1:9]
+    ctx.matrix_t = inputs[9:18]  # with halo_stats
+    ctx.options = inputs[22:]
+    ctx.save_for_backward(inputs[0], rowptr, col, weight, *inputs[18:22], *output)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    x, query, key, attention, out, lse = ctx.saved_tensors
-    needs_x, (needs_query, needs_key, needs_attention) = ctx.needs_input_grad[0], ctx.needs_input_grad[16:19]
+    x, rowptr, col, weight, query, key, attention, edge_matrix, out, lse = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    needs_query, needs_key, needs_attention, needs_matrix = ctx.needs_input_grad[18:22]
     D = (grad_out.float() * out.float()).sum(2)
-    grad_x = grad_query = grad_key = grad_attention = None
-    if needs_query or needs_attention:
-        grad_query, grad_attention = _backward_rows(
-            grad_out, D, lse, x, *ctx.matrix, query, key, attention, *ctx.options
+    operands = (query, key, attention, edge_matrix, *ctx.options)
+    grad_x = grad_query = grad_key = grad_attention = grad_edge = None
+    if needs_query or needs_attention or needs_weight or needs_matrix:
+        grad_query, grad_attention, grad_edge = _backward_rows(
+            grad_out, D, lse, x, rowptr, col, weight, *ctx.table, *operands
         )
         grad_query = _with_zeros(grad_query, query)
         if attention is None:
             grad_attention = None
     if needs_x or needs_key:
-        grad_x, grad_key = _backward_columns(grad_out, D, lse, x, *ctx.matrix_t, query, key, attention, *ctx.options)
+        grad_x, grad_key = _backward_columns(grad_out, D, lse, x, *ctx.matrix_t, *operands)
         grad_key = None if key is None else _with_zeros(grad_key, key)
-    return grad_x, *(None,) * 15, grad_query, grad_key, grad_attention, *(None,) * 7
+    grad_weight = grad_edge if needs_weight and edge_matrix is None else None
+    grad_matrix = grad_edge if needs_matrix else None
+    before = (grad_x, None, None, grad_weight, *(None,) * 14)
+    return *before, grad_query, grad_key, grad_attention, grad_matrix, *(None,) * 7
 
 
 def _with_zeros(grad, tensor):
@@ -330,20 +351,24 @@ def _row_scores_fake(codec, data, scale, codebook, n_id, weight):
     return weight.new_empty(n_id.shape[0], weight.shape[1])
 
 
-_MATRIX = "Tensor rowptr, Tensor col, Tensor? halo, str codec, Tensor? data, Tensor? scales, Tensor? codebook,"
+_MATRIX = (
+    "Tensor rowptr, Tensor col, Tensor? weight, Tensor? halo, str codec, Tensor? data, Tensor? scales,"
+    " Tensor? codebook,"
+)
 _OPTIONS = (
-    " Tensor query, Tensor? key, Tensor? attention, str mode, int heads, bool split, float negative_slope, float scale,"
-    " float dropout, Tensor seed)"
+    " Tensor query, Tensor? key, Tensor? attention, Tensor? edge_matrix, str mode, int heads, bool split,"
+    " float negative_slope, float scale, float dropout, Tensor seed)"
 )
 _attention_aggregate = register(
-    f"attention_aggregate(Tensor x, {_MATRIX} Tensor? t_rowptr, Tensor? t_col, Tensor? t_halo, str t_codec,"
-    f" Tensor? t_data, Tensor? t_scales, Tensor? t_codebook, Tensor? halo_stats, {_OPTIONS} -> (Tensor, Tensor)",
+    f"attention_aggregate(Tensor x, {_MATRIX} Tensor? t_rowptr, Tensor? t_col, Tensor? t_weight,"
+    " Tensor? t_halo, str t_codec, Tensor? t_data, Tensor? t_scales, Tensor? t_codebook, Tensor? halo_stats,"
+    f" {_OPTIONS} -> (Tensor, Tensor)",
     _forward_impl,
     _forward_fake,
 )
 _backward_rows = register(
     f"attention_aggregate_rows(Tensor grad_out, Tensor D, Tensor lse, Tensor x, {_MATRIX} {_OPTIONS}"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _rows_impl,
     _rows_fake,
 )

@@ -9,12 +9,15 @@ from ..store_io.cpp import address, as_table
 
 
 def forward(
-    x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
+    x: Tensor, csr: CSR, rows: Rows | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
-    problem, kept = _problem(csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention)
+    problem, kept = _problem(
+        csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix
+    )
     num_rows = problem["num_rows"]
     out, lse = torch.empty(num_rows, heads, problem["f"]), torch.empty(num_rows, heads)
     good = _C.attention_forward(problem, out.data_ptr(), lse.data_ptr())
@@ -24,32 +27,35 @@ def forward(
 
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
-    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
-) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
     problem, kept = _problem(
         csr, rows, x.shape[0], key, options,
-        x=x, query=query, key=key, attention=attention, grad_out=grad_out, lse=lse, delta=D,
+        x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix, grad_out=grad_out, lse=lse, delta=D,
     )  # fmt: skip
     grad_query = torch.empty(problem["num_rows"], *query.shape[1:])
     grad_attention = None if attention is None else torch.empty(heads, problem["f"])
-    good = _C.attention_backward_rows(problem, grad_query.data_ptr(), address(grad_attention))
+    edges = csr.weight if edge_matrix is None else edge_matrix
+    grad_edges = None if edges is None else torch.zeros(edges.shape)  # skipped edges keep theirs
+    good = _C.attention_backward_rows(problem, grad_query.data_ptr(), address(grad_attention), address(grad_edges))
     del kept
-    return (grad_query, grad_attention) if good else None
+    return (grad_query, grad_attention, grad_edges) if good else None
 
 
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
-    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
     options = (mode, heads, split, slope, scale, dropout, seed)
     problem, kept = _problem(
         csr_t, grad_rows, grad_out.shape[0], query, options,
-        x=x, query=query, key=key, attention=attention, grad_out=grad_out, lse=lse, delta=D, halo_stats=halo_stats,
+        x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix,
+        grad_out=grad_out, lse=lse, delta=D, halo_stats=halo_stats,
     )  # fmt: skip
     grad_x = torch.empty(x.shape)
     grad_key = None if key is None else torch.empty(x.shape[0], heads)
@@ -80,6 +86,7 @@ def _problem(
     mode, heads, split, slope, scale, dropout, seed = options
     rowptr, col, halo = contiguous(csr.rowptr, csr.col, csr.halo)
     table, kept = as_table(rows)
+    operands["edges"] = csr.weight
     operands = {name: None if t is None else t.float().contiguous() for name, t in operands.items()}
     width = operands["x"].shape[1]
     problem = {
@@ -88,6 +95,7 @@ def _problem(
         "rowptr": rowptr.data_ptr(), "num_rows": rowptr.shape[0] - 1, "col": col.data_ptr(), "num_edges": col.shape[0],
         "halo": address(halo), "num_halo": 0 if halo is None else halo.shape[0], "table": table,
         "num_own": num_own, "max_columns": 2**31 if by_column is None else by_column.shape[0],
+        "edge_dim": 0 if csr.weight is None else csr.weight.shape[1],
         "grad_out": 0, "lse": 0, "delta": 0, "halo_stats": 0,
         **{name: address(t) for name, t in operands.items()},
     }  # fmt: skip

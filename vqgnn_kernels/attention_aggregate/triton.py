@@ -16,15 +16,19 @@ from .._chunks import chunk_sum, edge_block, span
 from .._decode import _clamp_code, _dequantise, load_state, table_arguments
 from .._types import CSR, Rows
 
-_ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of grad_attention one program adds up, in a fixed order
+_ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of the weights' gradients one program adds up, in a fixed order
+_EDGE_BLOCK = 512  # "gatv2": numbers of edge_matrix's gradient that a program sums in registers, but at most 8 rows
 
 
 def forward(
-    x: Tensor, csr: CSR, rows: Rows | None, query: Tensor, key: Tensor | None, attention: Tensor | None,
+    x: Tensor, csr: CSR, rows: Rows | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_chunks = csr.rowptr.shape[0] - 1, _chunks.num_chunks(csr)
     features = x.shape[1] // heads if split else x.shape[1]
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, dtype):
         out, lse = x.new_empty(count, heads, features, dtype=dtype), x.new_empty(count, heads, dtype=torch.float32)
@@ -36,10 +40,12 @@ def forward(
         lambda count, blocks: (count * heads,),
         {
             "p_x": x.contiguous(), "b": x.shape[0],
-            **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
+            **_arguments(
+                csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+            ),
             "SPLIT": split,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
         rows=(num_rows, results),
     )  # fmt: skip
@@ -48,43 +54,55 @@ def forward(
 
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
-    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     num_rows, num_chunks, features = grad_out.shape[0], _chunks.num_chunks(csr), grad_out.shape[2]
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
     programs = triton.cdiv(num_rows, each)
+    edge_dim = 0 if edge_matrix is None else edge_matrix.shape[0]
+    edge_rows = min(8, max(1, _EDGE_BLOCK // triton.next_power_of_2(features)))
+    edge_block = min(triton.next_power_of_2(max(edge_dim, 1)), edge_rows)
+    by_edge = mode == "additive" and csr.weight is not None
+    grad_edges = torch.zeros_like(csr.weight, memory_format=torch.contiguous_format) if by_edge else None
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, programs):
-        partial = query.new_empty(programs, heads, features) if mode == "gatv2" else None
+        partial = query.new_empty(programs, 1 + edge_dim, heads, features) if mode == "gatv2" else None
         return {"p_grad_query": query.new_empty(count, *query.shape[1:]), "p_partial": partial}
 
     results, by_chunk = new(num_rows, programs), new(num_chunks, num_chunks)
     _chunks.launch(
         attention_aggregate_bwd_rows_kernel,
-        lambda count, blocks: (count * heads,),
+        lambda count, blocks: (count * heads, triton.cdiv(edge_dim, edge_block)) if edge_dim else (count * heads,),
         {
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(),
             "p_x": x.contiguous(), "b": x.shape[0],
-            **_arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed),
-            "SPLIT": split,
+            **_arguments(
+                csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+            ),
+            "SPLIT": split, "p_grad_edges": grad_edges, "EDGE_BLOCK": edge_block,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, by_chunk | {"ROWS": 1}),
         rows=(programs, results | {"ROWS": each}),
     )  # fmt: skip
     if mode != "gatv2":
-        return results["p_grad_query"], None
-    return results["p_grad_query"], results["p_partial"].sum(0) + by_chunk["p_partial"].sum(0)
+        return results["p_grad_query"], None, grad_edges
+    partial = results["p_partial"].sum(0) + by_chunk["p_partial"].sum(0)
+    return results["p_grad_query"], partial[0].clone(), partial[1:] if edge_dim else None
 
 
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
-    query: Tensor, key: Tensor | None, attention: Tensor | None,
+    query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
     mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (r, _, features), b, num_chunks = grad_out.shape, x.shape[0], _chunks.num_chunks(csr_t)
     each = 1 if split else heads  # heads that share a row of x, and so a program
+
+    sizes = {"F": features, **_edge_size(edge_matrix)}
 
     def new(count, dtype):
         grad_key = None if key is None else key.new_empty(count, heads)
@@ -98,11 +116,12 @@ def backward_columns(
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(), "b": r,
             "p_x": x.contiguous(), "p_stats": None if halo_stats is None else halo_stats.contiguous(),
             **_arguments(
-                csr_t, grad_rows, query, key, attention, mode, heads, features, True, slope, scale, dropout, seed
+                csr_t, grad_rows, query, key, attention, edge_matrix, mode, heads, features, True, slope, scale,
+                dropout, seed,
             ),
             "SPLIT": split,
         },
-        {"F": features},
+        sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
         rows=(b, results),
     )  # fmt: skip
@@ -127,7 +146,9 @@ def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-def _arguments(csr, rows, query, key, attention, mode, heads, features, split, slope, scale, dropout, seed) -> dict:
+def _arguments(
+    csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+) -> dict:
     """What the three kernels share. split: whether the heads' columns lie side by side in the table that is read."""
     block = triton.next_power_of_2(max(features, 2))  # int4 unpacks pairs
     halo = None if csr.halo is None else csr.halo.contiguous()
@@ -138,14 +159,21 @@ def _arguments(csr, rows, query, key, attention, mode, heads, features, split, s
         "p_halo": halo, "num_halo": num_halo, **table_arguments(rows),
         "p_query": query.contiguous(), "p_key": None if key is None else key.contiguous(),
         "p_attention": None if attention is None else attention.contiguous(),
+        "p_edges": None if csr.weight is None else csr.weight.contiguous(),
+        "p_edge_matrix": None if edge_matrix is None else edge_matrix.contiguous(),
         "slope": slope, "score_scale": scale,
         "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)),
         # in memory: a CUDA graph can draw it anew, and no value of it compiles a kernel again
         "p_seed": seed,
         "kept_scale": 1 / (1 - dropout),
+        "EDGE_DIM": 0 if csr.weight is None else csr.weight.shape[1],
         "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
         "BLOCK_F": block,
     }  # fmt: skip
+
+
+def _edge_size(edge_matrix: Tensor | None) -> dict[str, int]:
+    return {} if edge_matrix is None else {"edge_dim": edge_matrix.shape[0]}
 
 
 def _signed(word: int) -> int:
@@ -178,18 +206,18 @@ def _columns(
     p_col, p_halo, start, begin, count, first_chunk, last_chunk, b, num_halo, num_table,
     CODEC: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_E edges: column, its row of the table, whether it is of the batch, whether it is a stored one."""
+    """Of BLOCK_E edges: place, column, its row of the table, whether it is of the batch, whether it is a stored one."""
     edge, m_edge = edge_block(start, begin, count, first_chunk, last_chunk, CHUNK, BLOCK_E)
     col = tl.load(p_col + edge, mask=m_edge, other=-1).to(tl.int64)
     m_batch = (col >= 0) & (col < b)
     if CODEC == "none":
-        return col, col, m_batch, m_batch & False
+        return edge, col, col, m_batch, m_batch & False
     m_halo = (col >= b) & (col < b + num_halo)
     row = col - b
     if p_halo is not None:
         row = tl.load(p_halo + row, mask=m_halo, other=-1)
     m_halo &= (row >= 0) & (row < num_table)
-    return col, row, m_batch, m_halo
+    return edge, col, row, m_batch, m_halo
 
 
 @triton.jit
@@ -233,6 +261,27 @@ def _values(
 
 
 @triton.jit
+def _ask(
+    query, p_edges, p_edge_matrix, edge, m_edge, head,
+    MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, EDGE_DIM: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Queries of edges' destinations, and with EDGE_DIM what the edges bring: the score sees their sum."""
+    if EDGE_DIM == 0:
+        asked = query
+    elif MODE == "additive":
+        asked = query + tl.load(p_edges + edge * H + head, mask=m_edge, other=0.0)
+    else:
+        feature = tl.arange(0, BLOCK_F)
+        asked = query + tl.zeros([BLOCK_E, BLOCK_F], tl.float32)
+        for d in range(EDGE_DIM):
+            by_d = tl.load(p_edges + edge * EDGE_DIM + d, mask=m_edge, other=0.0)
+            row = tl.load(p_edge_matrix + (d * H + head) * F + feature, mask=feature < F, other=0.0)
+            asked += by_d[:, None] * row[None, :]
+    return asked
+
+
+@triton.jit
 def _chunk_scalar(p_chunk, first_chunk, last_chunk, stride, BLOCK_E: tl.constexpr):
     """chunk_sum of a single column."""
     column = tl.arange(0, 1)
@@ -257,11 +306,11 @@ def _softmax_step(top, total, acc, score, kept, value):
 @triton.jit
 def attention_aggregate_fwd_kernel(
     p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
-    p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed, kept_scale,
     p_out, p_lse, p_chunk_out, p_chunk_lse,
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    EDGE_DIM: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -283,7 +332,7 @@ def attention_aggregate_fwd_kernel(
     total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([BLOCK_F], tl.float32)
     for start in range(0, count, BLOCK_E):
-        col, row, m_batch, m_halo = _columns(
+        edge, col, row, m_batch, m_halo = _columns(
             p_col, p_halo, start, begin, count, first_chunk, last_chunk, b, num_halo, num_table, CODEC, CHUNK, BLOCK_E
         )
         m_edge = m_batch | m_halo
@@ -291,12 +340,13 @@ def attention_aggregate_fwd_kernel(
             p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
             D, CODEC, F, ALIGNED, BLOCK_F,
         )  # fmt: skip
+        asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
         if MODE == "additive":
-            score = _leaky(tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + query, slope)
+            score = _leaky(tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + asked, slope)
         elif MODE == "dot":
             score = score_scale * tl.sum(query * value, 1)
         else:
-            score = tl.sum(attention * _leaky(value + query, slope), 1)
+            score = tl.sum(attention * _leaky(value + asked, slope), 1)
         score = tl.where(m_edge, score, float("-inf"))
         kept = 1.0
         if DROPOUT:
@@ -321,11 +371,12 @@ def attention_aggregate_fwd_kernel(
 @triton.jit
 def attention_aggregate_bwd_rows_kernel(
     p_grad, p_delta, p_lse, p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook,
-    num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed,
+    kept_scale, p_grad_edges,
     p_grad_query, p_partial, p_chunk_grad_query, p_chunk_partial,  # the last one: its sum is the host's
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    EDGE_DIM: tl.constexpr, EDGE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
+    PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -336,6 +387,10 @@ def attention_aggregate_bwd_rows_kernel(
     if MODE == "gatv2":
         attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
         grad_attention = tl.zeros([BLOCK_F], tl.float32)
+        if EDGE_DIM > 0:  # grid's second axis: rows of the matrix; all else its programs compute alike, and write alike
+            first_d = tl.program_id(1) * EDGE_BLOCK
+            in_block = tl.arange(0, EDGE_BLOCK)
+            grad_matrix = tl.zeros([EDGE_BLOCK, BLOCK_F], tl.float32)
 
     if DROPOUT:
         seed = tl.load(p_seed)
@@ -355,7 +410,7 @@ def attention_aggregate_bwd_rows_kernel(
         delta = tl.load(p_delta + position, mask=m_row, other=0.0)
         lse = tl.load(p_lse + position, mask=m_row, other=0.0)
         for start in range(0, count, BLOCK_E):
-            col, row, m_batch, m_halo = _columns(
+            edge, col, row, m_batch, m_halo = _columns(
                 p_col,
                 p_halo,
                 start,
@@ -375,13 +430,14 @@ def attention_aggregate_bwd_rows_kernel(
                 p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
                 D, CODEC, F, ALIGNED, BLOCK_F,
             )  # fmt: skip
+            asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
             if MODE == "additive":
-                inner = tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + query
+                inner = tl.load(p_key + col * H + head, mask=m_edge, other=0.0) + asked
                 score = _leaky(inner, slope)
             elif MODE == "dot":
                 score = score_scale * tl.sum(query * value, 1)
             else:
-                inner = value + query
+                inner = value + asked
                 score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
             p = tl.exp(tl.where(m_edge, score - lse, float("-inf")))
             by_weight = tl.sum(grad[None, :] * value, 1)
@@ -389,13 +445,22 @@ def attention_aggregate_bwd_rows_kernel(
                 by_weight *= _dropout(seed, threshold, kept_scale, i, col, head)
             grad_score = p * (by_weight - delta)
             if MODE == "additive":
-                grad_query += tl.sum(tl.where(inner > 0, grad_score, grad_score * slope), 0)
+                by_query = tl.where(inner > 0, grad_score, grad_score * slope)
+                grad_query += tl.sum(by_query, 0)
+                if EDGE_DIM > 0:
+                    tl.store(p_grad_edges + edge * H + head, by_query, mask=m_edge)
             elif MODE == "dot":
                 grad_query += tl.sum(grad_score[:, None] * value, 0)
             else:
                 slopes = tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None])
                 grad_query += tl.sum(slopes, 0)
                 grad_attention += tl.sum(slopes * inner, 0)
+                if EDGE_DIM > 0:
+                    for d in range(EDGE_BLOCK):
+                        m_edge_d = m_edge & (edge < tl.where(first_d + d < EDGE_DIM, num_edges, 0))
+                        by_d = tl.load(p_edges + edge * EDGE_DIM + first_d + d, mask=m_edge_d, other=0.0)
+                        part = tl.sum(by_d[:, None] * slopes, 0)
+                        grad_matrix += tl.where((in_block == d)[:, None], part[None, :], 0.0)
         position = at * H + head
         if MODE == "additive":
             if PASS == "rows":
@@ -408,17 +473,24 @@ def attention_aggregate_bwd_rows_kernel(
                 grad_query += chunk_sum(p_chunk, first_chunk, last_chunk, H * F, feature, m_feature, BLOCK_E)
             tl.store(p_grad_query + position * F + feature, grad_query, mask=m_out)
     if MODE == "gatv2":
-        tl.store(p_partial + (program * H + head) * F + feature, grad_attention, mask=m_feature)
+        p_partial += (program * (1 + EDGE_DIM) * H + head) * F
+        tl.store(p_partial + feature, grad_attention, mask=m_feature)
+        if EDGE_DIM > 0:
+            in_matrix = first_d + in_block
+            p_matrix = p_partial + ((1 + in_matrix) * (H * F))[:, None] + feature[None, :]
+            m_matrix = (in_matrix < EDGE_DIM)[:, None] & m_feature[None, :]
+            tl.store(p_matrix, grad_matrix * attention[None, :], mask=m_matrix)
 
 
 @triton.jit
 def attention_aggregate_bwd_columns_kernel(
     p_grad, p_delta, p_lse, b, p_x, p_stats, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale,
-    p_codebook, num_table, width, K, p_query, p_key, p_attention, slope, score_scale, threshold, p_seed, kept_scale,
+    p_codebook, num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold,
+    p_seed, kept_scale,
     p_grad_x, p_grad_key, p_chunk_grad_x, p_chunk_grad_key,
     D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    EDGE_DIM: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Row j of the transposed matrix: its edges are the destinations i that read x_j; columns < b are the batch's."""
     HEADS: tl.constexpr = 1 if SPLIT else H
@@ -445,7 +517,7 @@ def attention_aggregate_bwd_columns_kernel(
         if MODE == "gatv2":
             attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
         for start in range(0, count, BLOCK_E):
-            col, row, m_batch, m_halo = _columns(
+            edge, col, row, m_batch, m_halo = _columns(
                 p_col,
                 p_halo,
                 start,
@@ -473,7 +545,9 @@ def attention_aggregate_bwd_columns_kernel(
                 lse += tl.load(p_stat, mask=m_halo, other=0.0)
                 delta += tl.load(p_stat + H, mask=m_halo, other=0.0)
             if MODE == "additive":
-                inner = tl.load(p_query + position, mask=m_edge, other=0.0) + key
+                query = tl.load(p_query + position, mask=m_edge, other=0.0)
+                asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
+                inner = asked + key
                 score = _leaky(inner, slope)
             else:
                 p_q = p_query + (position * F)[:, None] + feature[None, :]
@@ -481,7 +555,10 @@ def attention_aggregate_bwd_columns_kernel(
                 if MODE == "dot":
                     score = score_scale * tl.sum(query * x, 1)
                 else:
-                    inner = x + query
+                    asked = _ask(
+                        query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E
+                    )
+                    inner = x + asked
                     score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
             p = tl.exp(tl.where(m_edge, tl.minimum(score - lse, 0.0), float("-inf")))  # a stored lse may be stale
             by_weight = tl.sum(grad * x, 1)
