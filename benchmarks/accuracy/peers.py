@@ -25,6 +25,7 @@ from torch_geometric.utils import degree
 from vqgnn import memory
 from vqgnn.config import Config
 from vqgnn.datasets import Dataset
+from vqgnn.models import add_residuals
 from vqgnn.partitioning import partition
 from vqgnn.tasks import NodeTask
 from vqgnn.train import build_model, learning_rate_factor, model_options, moving_average
@@ -179,12 +180,15 @@ class GraphSAINT(Peer):
     def build(self) -> nn.Module:
         self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
         config, sizes = self.config, (self.data.num_features, self.config.hidden, self.config.layers)
-        options = model_options(config)
         if config.model == "sage":
-            return WeightedSAGE(*sizes, self.task.out_channels, **options)
-        if config.model == "gcn":  # the weights are the whole graph's
-            return models.GCN(*sizes, self.task.out_channels, normalize=False, **options)
-        return super().build()
+            model = WeightedSAGE(*sizes, self.task.out_channels, **model_options(config))
+        elif config.model == "gcn":  # the weights are the whole graph's
+            model = models.GCN(*sizes, self.task.out_channels, normalize=False, **model_options(config))
+        else:
+            return super().build()
+        if config.residual:
+            add_residuals(model, self.data.num_features, config.hidden, self.task.out_channels)
+        return model
 
     def _weights(self) -> Tensor:
         """[e] weight of each edge in the convolution matrix."""

@@ -420,8 +420,8 @@ which makes one step an epoch, has more epochs. Ours has RMSprop, as `vqgnn trai
 peers have Adam, as their papers have; full batch is compared with the one that validates better. **Tuning budget**, the
 same for every method: the step sizes 0.01 and 0.003 at seed 0, the better by validation goes on; one step size for
 all on amazon-computers, coauthor-physics, debian-bookworm and ogbn-arxiv-ranks35 (`benchmarks/accuracy/settings.py`).
-Peers are PyG's loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too. GAS
-and LMC run on our kernels. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""
+Peers are PyG's loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too.
+GAS and LMC run on our kernels. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""
 
 LESSONS = {
     "layers": "Two layers are enough here; each further one costs its store, its staleness and stability.",
@@ -454,8 +454,9 @@ LESSONS = {
     "step size": (
         "A cosine is worth 0.8 over a constant step size: its end is where states are fresh. A warm-up does nothing."
     ),
+    "model": "",
     "BatchNorm statistics": ("Those of one exact pass make evaluation four times as stable and cost one forward pass."),
-    "constant step size": (
+    "constant step size, BatchNorm": (
         "The jumps of the last weights (a standard deviation of 19 points!) are BatchNorm's statistics: with "
         "those of an exact pass the same weights vary by 1.3."
     ),
