@@ -95,9 +95,10 @@ def peers_of(worker):
 def test_peers_learn(harness, method, model):
     settings, _, worker = harness
     peers_of(worker)
-    shared = settings.METHODS[method].shared
-    if shared and model != "gcn":
-        pytest.skip("knows no model")
+    what = settings.METHODS[method]
+    shared = what.shared
+    if (shared and model != "gcn") or what.needs not in (None, model):
+        pytest.skip("not run with this model")
     run = settings.Run(
         "tiny", "" if shared else model, method, 0, 0.03, (("epochs", 60), ("hidden", 16), ("batches", 3))
     )

@@ -50,7 +50,7 @@ def dataset_file(run: Run) -> Path:
 
 def config_of(run: Run, threads: int) -> Config:
     """A run as `vqgnn train` would be told it."""
-    options = {"optimizer": "adam"}  # for all: that RMSprop does better with stale states was found by these tables
+    options = {"optimizer": "adam", "norm": "batch", "residual": False}  # whatever `vqgnn train` has by default
     options |= {key: value for key, value in run.options.items() if key in {f.name for f in fields(Config)}}
     path = dataset_file(run)
     if "batches" in run.options:

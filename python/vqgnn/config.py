@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 _RANDOM, _LEARNED = "random:", "learned:"
 _METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
+BEFORE = {"residual": False}  # of runs that are older than an option: what it was then, where not its default
 ATTENTIONS = ("gat", "gatv2", "transformer", "hybrid")  # the models with heads
 
 
@@ -92,7 +93,11 @@ class Config:
         False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
     )
     norm: Literal["batch", "layer", "none"] = option("batch", "Normalisation after every hidden layer.")
-    residual: bool = option(False, "Add a linear map of each layer's input to its output.")
+    residual: bool | None = option(
+        None,
+        "Add a linear map of each layer's input to its output, where the model's layers have none of their own. "
+        "[default: with --task node]",
+    )
     dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
     attention_dropout: float = option(0.0, "Dropout of attention weights; states that carry it train badly.", 0, 1)
     optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
@@ -134,8 +139,6 @@ class Config:
             raise InputError(
                 f"--attention-dropout {self.attention_dropout} is for --model {', '.join(ATTENTIONS)}; leave it out"
             )
-        if self.residual and self.model == "mlp":
-            raise InputError("--residual is for models with a graph, not --model mlp; leave it out")
         self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:
@@ -217,7 +220,7 @@ class Config:
     def read(cls, path: Path) -> "Config":
         """The config of a run folder; an InputError when it is damaged or of another version."""
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**BEFORE | json.loads(path.read_text()))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; is {path.parent} a run folder?") from error
         except (TypeError, json.JSONDecodeError) as error:

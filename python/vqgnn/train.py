@@ -23,7 +23,7 @@ from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
 from . import memory
-from .config import ATTENTIONS, Config, InputError
+from .config import ATTENTIONS, BEFORE, Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
@@ -48,6 +48,7 @@ MODELS = {
     "hybrid": Hybrid,
     "cheb": Cheb,
 }
+_WITHOUT_OWN_ROW = ("gcn", "gat", "gatv2", "hybrid")  # models whose layers have no linear map of a node's own row
 _ROWS = 65_536  # of features at a time
 _OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 _EMBEDDING_STD = 0.1  # at first: small enough that Adam's steps soon turn it
@@ -99,7 +100,8 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
     for conv in model.modules():
         if isinstance(conv, (GATConv, GATv2Conv, TransformerConv)):
             conv.dropout = config.attention_dropout  # PyG's models give them `dropout`
-    if config.residual:
+    residual = config.task == "node" if config.residual is None else config.residual
+    if residual and config.model in _WITHOUT_OWN_ROW:
         add_residuals(model, in_channels, config.hidden, out_channels)
     return model
 
@@ -509,8 +511,8 @@ def _without_tables(store: NodeStore) -> dict[str, Any]:
 
 
 def _same_config(saved: dict[str, Any], config: Config) -> bool:
-    """Whether a checkpoint's config is the run's; options that are newer than the checkpoint had their default."""
-    return {**{f.name: f.default for f in fields(Config)}, **saved} == asdict(config)
+    """Whether a checkpoint's config is the run's, whose options may be newer than the checkpoint."""
+    return {**{f.name: f.default for f in fields(Config)}, **BEFORE, **saved} == asdict(config)
 
 
 def _store_health(stats: dict[str, dict[str, float]]) -> dict[str, Any]:
