@@ -1,5 +1,6 @@
 """Node states without the noise of dropout."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,10 +16,19 @@ def keep_undropped(model: nn.Module) -> None:
 
 
 def undropped(x: Tensor) -> Tensor:
-    """x before the nn.Dropout that it comes from; x itself where it comes from none of a converted model."""
-    return getattr(x, "_before_dropout", x)
+    """x before the nn.Dropout that it comes from; x itself where it comes from none, or was changed in place since.
+
+    A compiled step cannot see the latter: there a dropout's output must not be changed in place.
+    """
+    before, version = getattr(x, "_before_dropout", (x, None))
+    return x if version not in (None, _version(x)) else before
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was changed in place."""
+    return None if torch.compiler.is_compiling() else x._version
 
 
 def _keep_input(dropout: nn.Dropout, args: tuple[Tensor, ...], out: Tensor) -> None:
-    if dropout.training and dropout.p > 0:
-        out._before_dropout = args[0]
+    if dropout.training and dropout.p > 0 and not dropout.inplace:
+        out._before_dropout = args[0], _version(out)
