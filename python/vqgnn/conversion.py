@@ -57,6 +57,8 @@ def convert(
 ) -> nn.Module:
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
+    What is stored of a node is its row as it was before the `nn.Dropout` that a conv's input comes from.
+
     Args:
         model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
             GATv2Conv (both with edge_dim too), TransformerConv (without) and ChebConv have fused kernels; every other
