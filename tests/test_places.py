@@ -198,7 +198,10 @@ def test_the_place_does_not_change_a_run(tmp_path, method, capsys):
         options += ["--codec", "pq:d=4,k=4"] if method == "vq" else []
         assert main(["train", *options, "--out", str(runs[place])]) == 0
     assert comparable(runs["disk"]) == comparable(runs["device"])
-    assert sorted(p.name for p in (runs["disk"] / "state").iterdir()) == ["convs.1.2.tables", "convs.2.2.tables"]
+    assert sorted(p.name for p in (runs["disk"] / "state").iterdir()) == [
+        "convs.1.conv.2.tables",
+        "convs.2.conv.2.tables",
+    ]
     assert not (runs["device"] / "state").exists()
     for command in (["evaluate"], ["evaluate", "--inference", "stale"]):
         capsys.readouterr()
@@ -241,7 +244,7 @@ def test_killed_and_resumed(tmp_path, method, delays):
         kills += process.returncode == -signal.SIGKILL
         seen = len((broken / "metrics.jsonl").read_text().splitlines())
     assert kills == len(delays)
-    (broken / "state" / ".convs.1.9.tables.left").write_bytes(b"half")
+    (broken / "state" / ".convs.1.conv.9.tables.left").write_bytes(b"half")
     assert main(["train", "--resume", "--out", str(broken)]) == 0
     assert comparable(broken) == comparable(whole)
     assert sorted(os.listdir(broken / "state")) == sorted(os.listdir(whole / "state"))
@@ -262,7 +265,7 @@ def run(tmp_path, capsys):
 
 
 def test_faults_of_a_runs_tables(run, tmp_path, capsys):
-    table = run / "state" / "convs.1.2.tables"
+    table = run / "state" / "convs.1.conv.2.tables"
     good = table.read_bytes()
     other = {}
     for name, options in {
@@ -271,12 +274,12 @@ def test_faults_of_a_runs_tables(run, tmp_path, capsys):
     }.items():
         out = tmp_path / name
         assert main(["train", *SMALL, "--epochs", "2", "--place", "disk", *options, "--out", str(out)]) == 0
-        other[name] = (out / "state" / "convs.1.2.tables").read_bytes()
+        other[name] = (out / "state" / "convs.1.conv.2.tables").read_bytes()
     capsys.readouterr()
     for content, words in (
         (other["graph"], "another graph"),
         (other["codec"], "codec pq:d=4,k=5, this run's is pq:d=4,k=4"),
-        ((run / "state" / "convs.2.2.tables").read_bytes(), "store convs.2, this run's is convs.1"),
+        ((run / "state" / "convs.2.conv.2.tables").read_bytes(), "store convs.2.conv, this run's is convs.1.conv"),
         (good[:-1], "cut off"),
         (good[:5000], "cut off"),
         (b"", "not a file of node state"),
@@ -317,10 +320,10 @@ def test_disk_full_at_a_checkpoint(run, tmp_path, capsys, monkeypatch, what):
         assert main(["train", *options, "--out", str(broken)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vqgnn:")]
     assert len(errors) == 1 and "No space left on device" in errors[0] and "--resume" in errors[0]
-    assert "convs.1.1.tables" in os.listdir(broken / "state")
+    assert "convs.1.conv.1.tables" in os.listdir(broken / "state")
     assert main(["train", "--resume", "--out", str(broken)]) == 0
     assert comparable(broken) == comparable(longer)
-    assert sorted(os.listdir(broken / "state")) == ["convs.1.3.tables", "convs.2.3.tables"]
+    assert sorted(os.listdir(broken / "state")) == ["convs.1.conv.3.tables", "convs.2.conv.3.tables"]
 
 
 @pytest.mark.parametrize(("limit", "words"), [(500, "do not fit"), (20_000, "File too large")])
