@@ -93,6 +93,22 @@ def test_residual_models_without_batchnorm(model, method):
         torch.testing.assert_close(first(x, edge_index), own)
 
 
+@pytest.mark.parametrize(
+    "options, exact",
+    [
+        ({}, False),
+        ({"norms": "exact"}, True),
+        ({"model": "hybrid"}, True),
+        ({"model": "hybrid", "norms": "running"}, False),
+    ],
+)
+def test_norm_statistics_of_an_evaluation(options, exact, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "estimate_norms", lambda model, data: calls.append(model))
+    make(**options).evaluate()
+    assert bool(calls) == exact
+
+
 def test_where_no_residual_is_added(tmp_path):
     """Layers with a linear map of the node's own row get no second one; runs older than the option had none."""
     links = train.build_model(Config(**SMALL, task="link"), 5, 4)

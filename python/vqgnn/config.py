@@ -113,8 +113,10 @@ class Config:
     inference: Literal["exact", "vq", "stale"] = option(
         "exact", "Neighbours' states in these evaluations: exact, codes refreshed layer by layer, or the stores'."
     )
-    norms: Literal["running", "exact"] = option(
-        "running", "BatchNorm's statistics there: averages over batches, or of one exact pass over all nodes."
+    norms: Literal["auto", "running", "exact"] = option(
+        "auto",
+        "BatchNorm's statistics there: averages over batches, or of one exact pass over all nodes; 'auto': exact for "
+        "hybrid, whose means move with its codewords.",
     )
     seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train; 'auto' is the GPU where there is one.")

@@ -431,7 +431,7 @@ class Trainer:
     def scores(self, inference: str = "exact") -> dict[str, float]:
         """The task's scores of all splits by the averaged weights; inductive: validation has never met a test node."""
         model = self.averaged.module
-        if self.config.norms == "exact":
+        if self.config.norms == "exact" or (self.config.norms == "auto" and self.config.model == "hybrid"):
             estimate_norms(model, self.train_data)
         scores = self.task.scores(model, self.predict(inference), self.data)
         if self.val_data is not self.data:
