@@ -18,7 +18,7 @@ from vqgnn import datasets
 from vqgnn.config import Config
 from vqgnn.files import atomic_write
 from vqgnn.runs import Run as RunFolder
-from vqgnn.train import Trainer
+from vqgnn.train import Trainer, no_denormals
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "accuracy"
@@ -63,11 +63,11 @@ def execute(run: Run, threads: int = 1) -> tuple[dict, list[dict]]:
     """(row, course) of a run; one that was interrupted goes on from its last epoch where it is ours."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # as in `vqgnn train`
     config = config_of(run, threads)
     dataset = datasets.of_config(config)
     if not run.what.trainer:
-        metrics, costs = PEERS[run.method](config, dataset, run.options.get("batches", BATCHES))
+        with no_denormals():  # as in the trainer
+            metrics, costs = PEERS[run.method](config, dataset, run.options.get("batches", BATCHES))
     else:
         metrics, costs = _train(run, config, dataset)
     return _row(metrics, dataset.metric if config.metric == "auto" else config.metric) | costs, _course(metrics)
