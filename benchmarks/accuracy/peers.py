@@ -25,10 +25,9 @@ from torch_geometric.utils import degree
 from vqgnn import memory
 from vqgnn.config import Config
 from vqgnn.datasets import Dataset
-from vqgnn.models import add_residuals
 from vqgnn.partitioning import partition
 from vqgnn.tasks import NodeTask
-from vqgnn.train import build_model, learning_rate_factor, model_options, moving_average
+from vqgnn.train import build_model, learning_rate_factor, model_options, moving_average, with_residuals
 
 FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
 PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
@@ -186,9 +185,7 @@ class GraphSAINT(Peer):
             model = models.GCN(*sizes, self.task.out_channels, normalize=False, **model_options(config))
         else:
             return super().build()
-        if config.residual:
-            add_residuals(model, self.data.num_features, config.hidden, self.task.out_channels)
-        return model
+        return with_residuals(model, config, self.data.num_features, self.task.out_channels)
 
     def _weights(self) -> Tensor:
         """[e] weight of each edge in the convolution matrix."""

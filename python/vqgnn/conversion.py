@@ -110,8 +110,6 @@ def convert(
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
         raise ValueError(f"codec={str(codec)!r} does not go with method={method!r}; use {allowed}, or another method")
     found = _find(model)
-    if codec is not None:
-        keep_undropped(model)
     if isinstance(data, HeteroData):
         if place in ("host", "pinned"):
             raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
@@ -124,6 +122,8 @@ def convert(
 
         options = hetero.Options(method, codec, input, grad, default_grad, seed)
         hetero.convert(model, data, found, options, fill, forward, make_stores)
+        if codec is not None:
+            keep_undropped(model)
         return model
     graph, device = Graph.of(data), device_of(model, data)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
@@ -192,6 +192,8 @@ def convert(
             if survey is not None:
                 conv.survey = survey
         raise
+    if codec is not None:
+        keep_undropped(model)
     fused = [use for conv, use in uses.items() if use.store is not None and not isinstance(conv, GenericConv)]
     reads = [(use.store, use.convolution) for use in fused] if place in ("host", "disk") else []
     graph.halo_wanted |= any(use.store.in_place for use in fused)

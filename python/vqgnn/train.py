@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch_geometric.data import Data
 from torch_geometric.nn import GATConv, GATv2Conv, TransformerConv, models
+from torch_geometric.nn.models.basic_gnn import BasicGNN
 from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
@@ -100,6 +101,11 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
     for conv in model.modules():
         if isinstance(conv, (GATConv, GATv2Conv, TransformerConv)):
             conv.dropout = config.attention_dropout  # PyG's models give them `dropout`
+    return with_residuals(model, config, in_channels, out_channels)
+
+
+def with_residuals(model: BasicGNN, config: Config, in_channels: int, out_channels: int) -> BasicGNN:
+    """The model itself, with a linear map beside every layer where the config says so."""
     residual = config.task == "node" if config.residual is None else config.residual
     if residual and config.model in _WITHOUT_OWN_ROW:
         add_residuals(model, in_channels, config.hidden, out_channels)
