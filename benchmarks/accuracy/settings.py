@@ -49,7 +49,7 @@ SETTINGS = {
     "minesweeper": Setting("minesweeper", 0.2, 500, 100, 5, 0.2, (("metric", "auc"),)),
     "amazon-computers": Setting("amazon-computers", 0.5, 300, 60, 3, 0.4, step_sizes=(0.01,)),
     "coauthor-physics": Setting("coauthor-physics", 0.5, 60, 30, 3, 5.0, step_sizes=(0.003,)),
-    "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0, step_sizes=(0.01,)),
+    "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0),
     "ogbn-arxiv-ranks35": Setting(
         "ogbn-arxiv-tape", 0.3, 100, 30, 1, 3.0, (("features", "80:200"),), step_sizes=(0.01,)
     ),
