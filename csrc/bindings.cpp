@@ -13,6 +13,7 @@
 
 #include "cpu/attention_aggregate.h"
 #include "cpu/dispatch.h"
+#include "cpu/dropout.h"
 #include "cpu/table.h"
 #include "transfer/bindings.h"
 
@@ -132,7 +133,7 @@ void codebook_update(uintptr_t codebook, uintptr_t ema_counts, uintptr_t ema_sum
 
 VQGNN_DECLARE(bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows,
                              const int32_t* col, int64_t num_edges, const float* weight, const int64_t* halo,
-                             int64_t num_halo, const Table& table, float* out))
+                             int64_t num_halo, const Table& table, const Dropout& dropout, float* out))
 VQGNN_DECLARE(bool csr_slice_rowptr(const int64_t* rowptr, int64_t n, int64_t num_edges, const int64_t* nodes,
                                     int64_t b, int64_t* rowptr_b))
 VQGNN_DECLARE(int64_t csr_slice(const int64_t* rowptr, const int32_t* col, int64_t n, const int64_t* nodes, int64_t b,
@@ -184,9 +185,17 @@ vqgnn::Table as_table(const py::object& object, int64_t f) {
   return table;
 }
 
+vqgnn::Dropout as_dropout(double p, uint32_t seed) {
+  require(p >= 0.0 && p < 1.0, "dropout must lie in [0, 1)");
+  const uint32_t last = p > 0.0 ? uint32_t(uint64_t(std::ceil(p * 0x1p32)) - 1) : 0;
+  return {p > 0.0, last, seed, float(1.0 / (1.0 - p))};
+}
+
 bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_rows, uintptr_t col, int64_t num_edges,
-               uintptr_t weight, uintptr_t halo, int64_t num_halo, const py::object& table_object, uintptr_t out) {
+               uintptr_t weight, uintptr_t halo, int64_t num_halo, const py::object& table_object, double dropout, uint32_t seed,
+               uintptr_t out) {
   const vqgnn::Table table = as_table(table_object, f);
+  const vqgnn::Dropout halo_dropout = as_dropout(dropout, seed);
   require(b >= 0 && f >= 0 && num_rows >= 0 && num_edges >= 0 && num_halo >= 0, "a size is negative");
   require(rowptr && (x || b * f == 0) && (col || num_edges == 0) && (out || num_rows * f == 0), "an address is null");
   require(table.codec < vqgnn::Codec::pq8 || table.codebook || table.num_rows == 0, "codes need a codebook");
@@ -194,7 +203,7 @@ bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_
   return VQGNN_DISPATCH(aggregate, reinterpret_cast<const float*>(x), b, f, reinterpret_cast<const int64_t*>(rowptr),
                         num_rows, reinterpret_cast<const int32_t*>(col), num_edges,
                         reinterpret_cast<const float*>(weight), reinterpret_cast<const int64_t*>(halo), num_halo, table,
-                        reinterpret_cast<float*>(out));
+                        halo_dropout, reinterpret_cast<float*>(out));
 }
 
 bool csr_slice_rowptr(uintptr_t rowptr, int64_t n, int64_t num_edges, uintptr_t nodes, int64_t b, uintptr_t rowptr_b) {
@@ -321,12 +330,7 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
   p.split = fields["split"].cast<bool>();
   p.slope = fields["slope"].cast<float>();
   p.scale = fields["scale"].cast<float>();
-  const double dropout = fields["dropout"].cast<double>();
-  require(dropout >= 0.0 && dropout < 1.0, "dropout must lie in [0, 1)");
-  p.keep_scale = float(1.0 / (1.0 - dropout));
-  p.drops = dropout > 0.0;
-  p.drop_last = p.drops ? uint32_t(uint64_t(std::ceil(dropout * 0x1p32)) - 1) : 0;
-  p.seed = fields["seed"].cast<uint32_t>();
+  p.dropout = as_dropout(fields["dropout"].cast<double>(), fields["seed"].cast<uint32_t>());
   p.rowptr = pointer<const int64_t>(fields["rowptr"].cast<uintptr_t>());
   p.num_rows = integer("num_rows");
   p.col = pointer<const int32_t>(fields["col"].cast<uintptr_t>());

@@ -52,14 +52,14 @@ def dense(csr, num_columns):
     return out.index_put_((row, csr.col.long()), weight, accumulate=True)
 
 
-def check(x, csr, rows, csr_t, grad_rows, tolerance=1e-5):
+def check(x, csr, rows, csr_t, grad_rows, tolerance=1e-5, dropout=0.0, seed=0):
     """Values and gradients against reference.py."""
     x = x.requires_grad_()
-    out = aggregate(x, csr, rows, csr_t, grad_rows)
+    out = aggregate(x, csr, rows, csr_t, grad_rows, dropout=dropout, seed=seed)
     grad_out = torch.randn_like(out)
     out.backward(grad_out)
     with torch.no_grad():
-        want = truth.aggregate(x, csr, rows)
+        want = truth.aggregate(x, csr, rows, dropout, seed)
         want_grad = truth.aggregate(grad_out, csr_t, grad_rows)
     assert out.dtype == x.dtype and x.grad.dtype == x.dtype
     torch.testing.assert_close(out.detach(), want, atol=tolerance, rtol=tolerance)
@@ -109,6 +109,33 @@ def test_no_halo_map_and_no_weight(codec):
         random_csr(6, 20, 30, weighted=False),
         rows,
     )
+
+
+@pytest.mark.parametrize(("f", "d"), [(5, 2), (47, 3), (130, 4), (128, 8)])
+@pytest.mark.parametrize("codec", CODECS)
+def test_dropout_of_the_halo(codec, f, d):
+    rows = random_rows(codec, 40, f, d=d)
+    csr, csr_t = random_csr(75, 40, 90, table_rows=40, num_edges=600), random_csr(40, 75, 50, table_rows=40)
+    check(torch.randn(40, f), csr, rows, csr_t, random_rows(codec, 40, f, d=d), dropout=0.3, seed=2**40 + 7)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int4", "pq8"])
+def test_dropout_is_that_of_whole_halo_entries(codec):
+    """By its definition: an entry's row is multiplied by one mask of mean 1, in-batch rows by none."""
+    b, h, f = 3, 400, 64
+    rows = random_rows(codec, h, f)
+    identity = CSR(torch.arange(b + h + 1), torch.arange(b + h, dtype=torch.int32), None, torch.arange(h).flip(0))
+    x, decoded = torch.randn(b, f), store.pull_rows(rows, identity.halo, f)
+    out = aggregate(x, identity, rows, dropout=0.25, seed=3)
+    torch.testing.assert_close(out[:b], x)
+    kept = out[b:] != 0
+    torch.testing.assert_close(out[b:], decoded / 0.75 * kept)
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    units = kept.view(h, -1, 4 if codec == "pq8" else 1)
+    assert (units.any(2) == units.all(2)).all() and 0.7 < units.any(2).float().mean() < 0.8
+    assert not torch.equal(out, aggregate(x, identity, rows, dropout=0.25, seed=4))
+    twice = CSR(torch.tensor([0, 2]), torch.tensor([b + 5, b + 5], dtype=torch.int32), None, identity.halo)
+    torch.testing.assert_close(aggregate(x, twice, rows, dropout=0.25, seed=3)[0], 2 * out[b + 5])
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -211,7 +238,8 @@ def test_opcheck(codec):
     rows = random_rows(codec, 30, 12)
     csr, csr_t = random_csr(20, 10, 30), random_csr(10, 20, 30)
     x = torch.randn(10, 12, requires_grad=True)
-    torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, rows)))
+    for dropout in ((0.0, None), (0.3, torch.tensor(5))):
+        torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, rows), *dropout))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -1,4 +1,4 @@
-"""Node states are stored without the noise of dropout."""
+"""Node states are stored without the noise of dropout, and get fresh noise where they are read."""
 
 import copy
 import io
@@ -70,6 +70,74 @@ def test_states_are_those_before_dropout(data, kind):
         assert plain[name].abs().sum() > 0
 
 
+class Sum(pyg.MessagePassing):
+    """Runs by the generic path; linear."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(aggr="mean")
+        self.lin = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x, edge_index):
+        return self.lin(x + self.propagate(edge_index, x=x))
+
+
+class DroppedFeatures(Net):
+    """Dropout before the first conv, whose halo is then read exactly."""
+
+    def __init__(self, kind, p):
+        super().__init__(kind, p)
+        del self.second
+
+    def forward(self, x, edge_index):
+        return self.first(self.dropout(x), edge_index)
+
+
+def homogeneous(model, batch):
+    return batch.n_id, model(batch.x, batch.graph)
+
+
+def of_papers(model, batch):
+    return batch["paper"].n_id, model(batch.x_dict, batch.graph_dict)["paper"]
+
+
+def moments(model, data, method, call, runs=1500):
+    """Mean and variance of a batch's outputs over the draws of dropout; weights and stores stay as they are."""
+    vqgnn.convert(model, data, method=method, grad=False)
+    loader = vqgnn.BatchLoader(data, batch_size=data.num_nodes // (1 if method == "full" else 4), seed=0)
+    batch = next(iter(loader))
+    with torch.no_grad():
+        n_id, out = call(model.eval(), batch)  # the same whatever is read, where stores are exact
+        model.train()
+        outs = torch.stack([call(model, batch)[1] for _ in range(runs)])
+    order = n_id.argsort()
+    return n_id[order], out[order], outs.mean(0)[order], outs.var(0)[order]
+
+
+def check_moments(model, data, call):
+    """A batch's outputs have the mean and variance that full batch has of them."""
+    n_id, out, mean, variance = moments(copy.deepcopy(model), data, "gas", call)
+    every, full_out, full_mean, full_variance = moments(model, data, "full", call)
+    assert torch.equal(every, torch.arange(NODES)) and 5 < len(n_id) < 25
+    torch.testing.assert_close(out, full_out[n_id], atol=1e-5, rtol=1e-5)
+    error = (variance.sum(1) / full_variance[n_id].sum(1)).log().abs()
+    assert error.max() < 0.25, "without noise in the halo it is a fraction"
+    deviation = (full_variance[n_id] / 1500).sqrt()
+    assert ((mean - full_mean[n_id]).abs() < 6 * deviation + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [
+        *((Net, kind) for kind in (pyg.GCNConv, pyg.SAGEConv, lambda i, o: pyg.GINConv(nn.Linear(i, o)), Sum)),
+        *((DroppedFeatures, kind) for kind in (pyg.GCNConv, pyg.GATConv, Sum)),
+    ],
+    ids=["gcn", "sage", "gin", "own code", "features, gcn", "features, gat", "features, own code"],
+)
+def test_what_is_read_is_dropped_afresh(data, net, kind):
+    torch.manual_seed(0)
+    check_moments(net(kind, 0.5), data, homogeneous)
+
+
 @pytest.mark.parametrize("change", ["relu_", "in place"])
 def test_what_is_changed_in_place_is_stored_as_it_is(data, change):
     """There is no row before dropout then: what came of it since is not known."""
@@ -105,14 +173,25 @@ def test_copies_and_pickles_do_too(data):
         assert len(copied.dropout._forward_hooks) == 1, "converted twice, one hook"
 
 
-@pytest.mark.parametrize("kind", [pyg.SAGEConv, pyg.GraphConv], ids=["fused", "own code"])
-def test_states_of_node_types_are_those_before_dropout(kind):
+def authors_and_papers():
     torch.manual_seed(0)
     data = HeteroData()
     for node_type in ("author", "paper"):
         data[node_type].x = torch.randn(NODES, CHANNELS)
     for edge_type in (("author", "writes", "paper"), ("paper", "by", "author")):
         data[edge_type].edge_index = torch.randint(NODES, (2, 200))
+    return data
+
+
+@pytest.mark.parametrize("kind", [pyg.SAGEConv, pyg.GraphConv], ids=["fused", "own code"])
+def test_what_is_read_of_node_types_is_dropped_afresh(kind):
+    data = authors_and_papers()
+    check_moments(pyg.to_hetero(Net(kind, 0.5), data.metadata()), data, of_papers)
+
+
+@pytest.mark.parametrize("kind", [pyg.SAGEConv, pyg.GraphConv], ids=["fused", "own code"])
+def test_states_of_node_types_are_those_before_dropout(kind):
+    data = authors_and_papers()
 
     def rows(p):
         model = pyg.to_hetero(Net(kind, p), data.metadata())

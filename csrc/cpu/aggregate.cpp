@@ -1,4 +1,4 @@
-// out[i] = sum over the edges of row i of weight * (a row of x, or a row of the table decoded in registers).
+// out[i] = sum over the edges of row i of weight * (a row of x, or a row of the table decoded in registers, with dropout).
 //
 // A thread takes a chunk of rows. It resolves the chunk's edges once into two lists (rows of x, rows of the table) of
 // addresses and weights, and then goes over the lists once for every slice of columns, whose sums stay in registers and
@@ -15,6 +15,7 @@
 #endif
 
 #include "cpu/dispatch.h"
+#include "cpu/dropout.h"
 
 namespace vqgnn {
 namespace VQGNN_ISA {
@@ -29,9 +30,19 @@ struct List {
   int count = 0;
   int end[kChunkRows];
   const char* row[kPieceEdges + kAhead];  // the tail repeats the last row, so that prefetching needs no bound
-  float weight[kPieceEdges];
+  float weight[kPieceEdges];  // with dropout, by 1 / (1 - p)
+  uint32_t chain[kPieceEdges];  // with dropout, the hash of (seed, halo entry)
   Affine affine[kPieceEdges];
 };
+
+VQGNN_INLINE bool kept(uint32_t chain, int64_t unit, uint32_t last) { return mix(chain ^ uint32_t(unit)) > last; }
+
+template <int n>  // the same of n units, as a mask
+VQGNN_INLINE Vec<int32_t, n> kept_units(uint32_t chain, int64_t first_unit, uint32_t last) {
+  Vec<uint32_t, n> number;
+  for (int i = 0; i < n; ++i) number[i] = i;
+  return (Vec<int32_t, n>)(mix((number + uint32_t(first_unit)) ^ chain) > last);
+}
 
 struct Output {
   float* first;  // the first row's first column
@@ -39,8 +50,8 @@ struct Output {
   int num_rows;
 };
 
-template <typename Read, int nv>
-void add_vectors(const List& list, const Output& out, int64_t c) {
+template <typename Read, bool drops, int nv>
+void add_vectors(const List& list, const Output& out, int64_t c, uint32_t last) {
   int k = 0;
   for (int i = 0; i < out.num_rows; ++i) {
     const int end = list.end[i];
@@ -54,25 +65,32 @@ void add_vectors(const List& list, const Output& out, int64_t c) {
       const char* row = list.row[k];
       const float weight = list.weight[k];
       const Affine affine = list.affine[k];
-      for (int v = 0; v < nv; ++v) acc[v] += weight * Read::vector(row, c + v * kLanes, affine);
+      for (int v = 0; v < nv; ++v) {
+        Floats value = Read::vector(row, c + v * kLanes, affine);
+        if (drops) value = (Floats)((Ints)value & kept_units<kLanes>(list.chain[k], c + v * kLanes, last));
+        acc[v] += weight * value;
+      }
     }
     for (int v = 0; v < nv; ++v) store(sums + v * kLanes, acc[v]);
   }
 }
 
-template <typename Read>
-void add_rows(const List& list, const Output& out) {
+template <typename Read, bool drops>
+void add_rows(const List& list, const Output& out, uint32_t last) {
   if (list.count == 0) return;
   int64_t c = 0;
-  for (; c + 8 * kLanes <= out.f; c += 8 * kLanes) add_vectors<Read, 8>(list, out, c);
-  for (; c + 2 * kLanes <= out.f; c += 2 * kLanes) add_vectors<Read, 2>(list, out, c);
-  for (; c + kLanes <= out.f; c += kLanes) add_vectors<Read, 1>(list, out, c);
+  for (; c + 8 * kLanes <= out.f; c += 8 * kLanes) add_vectors<Read, drops, 8>(list, out, c, last);
+  for (; c + 2 * kLanes <= out.f; c += 2 * kLanes) add_vectors<Read, drops, 2>(list, out, c, last);
+  for (; c + kLanes <= out.f; c += kLanes) add_vectors<Read, drops, 1>(list, out, c, last);
   if (c == out.f) return;
   int k = 0;
   for (int i = 0; i < out.num_rows; ++i) {
     float* sums = out.first + i * out.f;
     for (; k < list.end[i]; ++k) {
-      for (int64_t t = c; t < out.f; ++t) sums[t] += list.weight[k] * Read::scalar(list.row[k], t, list.affine[k]);
+      for (int64_t t = c; t < out.f; ++t) {
+        if (drops && !kept(list.chain[k], t, last)) continue;
+        sums[t] += list.weight[k] * Read::scalar(list.row[k], t, list.affine[k]);
+      }
     }
   }
 }
@@ -106,8 +124,8 @@ struct Codes16 {  // clamped to the last codeword
 };
 
 // nb branches of d dimensions from branch j on. Codes8 needs a codebook of 256 codewords a branch.
-template <typename Codes, int d, int nb>
-void add_branches(const List& list, const Output& out, const Table& table, int64_t j) {
+template <typename Codes, bool drops, int d, int nb>
+void add_branches(const List& list, const Output& out, const Table& table, int64_t j, uint32_t drop_last) {
   constexpr int width = d < kLanes ? d : kLanes, parts = d / width;
   using Part = Vec<float, width>;
   constexpr bool bytes = std::is_same<Codes, Codes8<nb>>::value;
@@ -123,12 +141,13 @@ void add_branches(const List& list, const Output& out, const Table& table, int64
     Part acc[nb * parts];
     for (int v = 0; v < nb * parts; ++v) acc[v] = load<Part>(sums + v * width);
     for (; k < end; ++k) {
-      const float weight = list.weight[k];
+      Vec<float, nb> weight = Vec<float, nb>{} + list.weight[k];
+      if (drops) weight = (Vec<float, nb>)((Vec<int32_t, nb>)weight & kept_units<nb>(list.chain[k], j, drop_last));
       const Codes codes(list.row[k] + j * code_bytes, last);
       for (int v = 0; v < nb; ++v) {
         const float* codeword = codewords + (v * num_codes + codes[v]) * d;
         for (int t = 0; t < parts; ++t) {
-          acc[v * parts + t] += weight * load<Part>(codeword + t * width);
+          acc[v * parts + t] += weight[v] * load<Part>(codeword + t * width);
         }
       }
     }
@@ -136,24 +155,24 @@ void add_branches(const List& list, const Output& out, const Table& table, int64
   }
 }
 
-template <template <int> class Codes, int d>
-int64_t add_whole_branches(const List& list, const Output& out, const Table& table) {
+template <template <int> class Codes, bool drops, int d>
+int64_t add_whole_branches(const List& list, const Output& out, const Table& table, uint32_t drop_last) {
   const int64_t m = std::min(table.m, out.f / d);
   int64_t j = 0;
-  for (; j + 8 <= m; j += 8) add_branches<Codes<8>, d, 8>(list, out, table, j);
-  for (; j + 2 <= m; j += 2) add_branches<Codes<2>, d, 2>(list, out, table, j);
-  for (; j < m; ++j) add_branches<Codes<1>, d, 1>(list, out, table, j);
+  for (; j + 8 <= m; j += 8) add_branches<Codes<8>, drops, d, 8>(list, out, table, j, drop_last);
+  for (; j + 2 <= m; j += 2) add_branches<Codes<2>, drops, d, 2>(list, out, table, j, drop_last);
+  for (; j < m; ++j) add_branches<Codes<1>, drops, d, 1>(list, out, table, j, drop_last);
   return m;
 }
 
-template <typename Code, template <int> class Codes>
-void add_codes(const List& list, const Output& out, const Table& table) {
+template <typename Code, template <int> class Codes, bool drops>
+void add_codes(const List& list, const Output& out, const Table& table, uint32_t drop_last) {
   if (list.count == 0) return;
   const int64_t d = table.d, last = table.K - 1;
   int64_t done = 0;
-  if (d == 4) done = add_whole_branches<Codes, 4>(list, out, table);
-  if (d == 8) done = add_whole_branches<Codes, 8>(list, out, table);
-  if (d == 16) done = add_whole_branches<Codes, 16>(list, out, table);
+  if (d == 4) done = add_whole_branches<Codes, drops, 4>(list, out, table, drop_last);
+  if (d == 8) done = add_whole_branches<Codes, drops, 8>(list, out, table, drop_last);
+  if (d == 16) done = add_whole_branches<Codes, drops, 16>(list, out, table, drop_last);
   for (int64_t j = done; j < table.m && j * d < out.f; ++j) {  // other d, and a branch that f cuts short
     const float* codewords = table.codebook + j * table.K * d;
     const int64_t width = std::min(d, out.f - j * d);
@@ -161,6 +180,7 @@ void add_codes(const List& list, const Output& out, const Table& table) {
     for (int i = 0; i < out.num_rows; ++i) {
       float* sums = out.first + i * out.f + j * d;
       for (; k < list.end[i]; ++k) {
+        if (drops && !kept(list.chain[k], j, drop_last)) continue;
         const int64_t code = load<Code>(list.row[k] + j * sizeof(Code));
         const float* codeword = codewords + std::min(code, last) * d;
         for (int64_t t = 0; t < width; ++t) sums[t] += list.weight[k] * codeword[t];
@@ -169,15 +189,16 @@ void add_codes(const List& list, const Output& out, const Table& table) {
   }
 }
 
-void add_table(const List& list, const Output& out, const Table& table) {
+template <bool drops>
+void add_table(const List& list, const Output& out, const Table& table, uint32_t last) {
   switch (table.codec) {
     case Codec::none: return;
-    case Codec::fp32: return add_rows<ReadFloat>(list, out);
-    case Codec::fp16: return add_rows<ReadHalf>(list, out);
-    case Codec::int8: return add_rows<ReadByte>(list, out);
-    case Codec::int4: return add_rows<ReadNibble>(list, out);
-    case Codec::pq8: return add_codes<uint8_t, Codes8>(list, out, table);
-    case Codec::pq16: return add_codes<uint16_t, Codes16>(list, out, table);
+    case Codec::fp32: return add_rows<ReadFloat, drops>(list, out, last);
+    case Codec::fp16: return add_rows<ReadHalf, drops>(list, out, last);
+    case Codec::int8: return add_rows<ReadByte, drops>(list, out, last);
+    case Codec::int4: return add_rows<ReadNibble, drops>(list, out, last);
+    case Codec::pq8: return add_codes<uint8_t, Codes8, drops>(list, out, table, last);
+    case Codec::pq16: return add_codes<uint16_t, Codes16, drops>(list, out, table, last);
   }
 }
 
@@ -191,6 +212,7 @@ struct Problem {
   const int64_t* halo;
   int64_t num_halo;
   Table table;
+  Dropout dropout;  // of the table's rows: the hash of (seed, halo entry, column, or branch of codes)
 };
 
 void finish_list(List& list) {
@@ -203,6 +225,7 @@ bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e
   const int64_t x_bytes = p.f * int64_t(sizeof(float));
   const bool drop = p.table.codec == Codec::none;
   const bool affine = p.table.scale != nullptr;
+  const uint32_t first_chain = mix(p.dropout.seed);
   // A piece's short rows fit the L2 cache together, so they can be on their way long before their use.
   const bool fetch = p.table.row_bytes <= 128;
   bool good = true;
@@ -237,7 +260,8 @@ bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e
       if (affine) {
         stored.affine[stored.count] = {bf16_to_float(p.table.scale[2 * row]), bf16_to_float(p.table.scale[2 * row + 1])};
       }
-      stored.weight[stored.count++] = weight;
+      if (p.dropout.on) stored.chain[stored.count] = mix(first_chain ^ uint32_t(c - p.b));
+      stored.weight[stored.count++] = weight * p.dropout.keep_scale;
     }
     own.end[i] = own.count;
     stored.end[i] = stored.count;
@@ -266,8 +290,12 @@ bool add_chunk(const Problem& p, int64_t row0, int64_t row1, float* out, List& o
     const int num_rows = int(last - first + 1);
     good &= resolve(p, first, num_rows, e, e1, own, stored);
     const Output piece{out + first * p.f, p.f, num_rows};
-    add_rows<ReadFloat>(own, piece);
-    add_table(stored, piece, p.table);
+    add_rows<ReadFloat, false>(own, piece, 0);
+    if (p.dropout.on) {
+      add_table<true>(stored, piece, p.table, p.dropout.last);
+    } else {
+      add_table<false>(stored, piece, p.table, 0);
+    }
     e = e1;
     first = last;
   }
@@ -290,8 +318,8 @@ void ask_for_large_pages(float* out, int64_t bytes) {
 // False when rowptr, col or halo holds an entry out of range; out is then unspecified.
 bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows, const int32_t* col,
                int64_t num_edges, const float* weight, const int64_t* halo, int64_t num_halo, const Table& table,
-               float* out) {
-  Problem p{x, b, f, rowptr, col, num_edges, weight, halo, num_halo, table};
+               const Dropout& dropout, float* out) {
+  Problem p{x, b, f, rowptr, col, num_edges, weight, halo, num_halo, table, dropout};
   std::vector<float> padded;
   if (table.codec == Codec::pq8 && table.K < 256) {  // repeat the last codeword, so that no byte points outside
     padded.resize(table.m * 256 * table.d);

@@ -48,14 +48,6 @@ VQGNN_INLINE float exponential(float v) {
   return v < -87.3f ? 0.0f : v != v ? v : result;
 }
 
-VQGNN_INLINE uint32_t mix(uint32_t z) {  // lowbias32
-  z ^= z >> 16;
-  z *= 0x7feb352du;
-  z ^= z >> 15;
-  z *= 0x846ca68bu;
-  return z ^ (z >> 16);
-}
-
 VQGNN_INLINE float dot(const float* a, const float* b, int64_t n) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -184,13 +176,13 @@ bool row_is_valid(const Problem& p, int64_t i) {
 // keep[k] = 1 / (1 - dropout), or 0 where head h drops edge k. chain[k]: the hash of (seed, destination, source).
 VQGNN_INLINE void keep_head(const Problem& p, const uint32_t* chain, int64_t h, int count, float* keep) {
   for (int k = 0; k < count; ++k) {
-    keep[k] = mix(chain[k] ^ uint32_t(h)) <= p.drop_last ? 0.0f : p.keep_scale;
+    keep[k] = mix(chain[k] ^ uint32_t(h)) <= p.dropout.last ? 0.0f : p.dropout.keep_scale;
   }
 }
 
 template <typename Chain>
 void fill_keep(const Problem& p, Block& block, const Chain& chain_of) {
-  if (!p.drops) {
+  if (!p.dropout.on) {
     std::fill(block.keep.begin(), block.keep.end(), 1.0f);
     return;
   }
@@ -230,7 +222,7 @@ template <Score score, bool edges>
 bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* lse) {
   const int64_t heads = p.heads, f = p.f;
   const float* query = p.query + i * heads * (score == Score::additive ? 1 : f);
-  const uint32_t row_chain = mix(mix(p.seed) ^ uint32_t(i));
+  const uint32_t row_chain = mix(mix(p.dropout.seed) ^ uint32_t(i));
   std::fill(out, out + heads * f, 0.0f);
   std::fill(block.top.begin(), block.top.end(), -kInfinity);
   std::fill(block.total.begin(), block.total.end(), 0.0f);
@@ -285,7 +277,7 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
   const int64_t query_width = heads * (score == Score::additive ? 1 : f);
   const float* query = p.query + i * query_width;
   const float slope = p.slope;
-  const uint32_t row_chain = mix(mix(p.seed) ^ uint32_t(i));
+  const uint32_t row_chain = mix(mix(p.dropout.seed) ^ uint32_t(i));
   std::fill(grad_query, grad_query + query_width, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
@@ -354,7 +346,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
   const float* x = p.x + j * width;
   const float* key = score == Score::additive ? p.key + j * heads : nullptr;
   const float slope = p.slope;
-  const uint32_t first = mix(p.seed);
+  const uint32_t first = mix(p.dropout.seed);
   std::fill(grad_x, grad_x + width, 0.0f);
   if (grad_key) std::fill(grad_key, grad_key + heads, 0.0f);
   bool good = true;

@@ -1,6 +1,7 @@
 // attention_aggregate as bindings.cpp and the kernels see it (vqgnn_kernels/attention_aggregate).
 #pragma once
 
+#include "cpu/dropout.h"
 #include "cpu/table.h"
 
 namespace vqgnn {
@@ -15,9 +16,7 @@ struct AttentionProblem {
   int64_t heads, f;           // f: columns of one head
   bool split;                 // x has heads * f columns, f a head; else f columns, which every head reads
   float slope, scale;
-  float keep_scale;           // 1 / (1 - dropout)
-  bool drops;                 // dropout > 0: an edge's message is dropped where its 32-bit hash is up to drop_last
-  uint32_t drop_last, seed;
+  Dropout dropout;            // of attention weights: the hash of (seed, destination, source, head)
 
   const int64_t* rowptr;
   int64_t num_rows;

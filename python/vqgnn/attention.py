@@ -12,6 +12,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
 from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
 
+from .dropout import dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours
 from .store_conv import StoreConv, require
@@ -58,12 +59,13 @@ class Attention(StoreConv):
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
+        halo = F.dropout(halo, dropped(x)[1], self.training)
         source = self.message_input(torch.cat([x, halo.to(x.dtype)]))
         return self.batch_messages(source, Neighbours(csr, None, csr_t), self.message_query(x))[0]
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
         """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""
-        csr, rows, csr_t, grad_rows, _, softmax = neighbours
+        csr, rows, csr_t, grad_rows, _, softmax, _ = neighbours
         if rows is not None and rows.codebook is not None:
             # learns between forward and backward, which must read the same rows
             rows = rows._replace(codebook=rows.codebook.clone())
@@ -99,7 +101,7 @@ class GATConv(Attention, pyg.GATConv):
         self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         neighbours = self._with_edge_scores(neighbours)
-        csr, rows, csr_t, grad_rows, rows_t, _ = neighbours
+        csr, rows, csr_t, grad_rows, rows_t, *_ = neighbours
         values = source.view(-1, self.heads, self.out_channels)
         key = (values * self.att_src).sum(2)
         query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)

@@ -15,7 +15,7 @@ from torch_geometric.data import Data, HeteroData
 
 from . import hetero
 from .calling import call_model, device_of, evaluating
-from .dropout import keep_undropped
+from .dropout import watch_dropout
 from .generic import GenericConv, make_generic
 from .graph import BatchGraph, Graph, not_an_edge_index
 from .inference import warmup
@@ -123,7 +123,7 @@ def convert(
         options = hetero.Options(method, codec, input, grad, default_grad, seed)
         hetero.convert(model, data, found, options, fill, forward, make_stores)
         if codec is not None:
-            keep_undropped(model)
+            watch_dropout(model)
         return model
     graph, device = Graph.of(data), device_of(model, data)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
@@ -193,7 +193,7 @@ def convert(
                 conv.survey = survey
         raise
     if codec is not None:
-        keep_undropped(model)
+        watch_dropout(model)
     fused = [use for conv, use in uses.items() if use.store is not None and not isinstance(conv, GenericConv)]
     reads = [(use.store, use.convolution) for use in fused] if place in ("host", "disk") else []
     graph.halo_wanted |= any(use.store.in_place for use in fused)

@@ -32,7 +32,7 @@ from vqgnn_kernels import Rows
 
 from .dropout import undropped
 from .graph import BatchGraph
-from .pyg_code import Given, bind, deliver, first_messages, flat, source_rows, uncached, unflat
+from .pyg_code import Given, bind, deliver, drop_like, first_messages, flat, source_rows, uncached, unflat
 from .store import NodeStore
 from .store_conv import StoreConv, require_whole
 from .survey import Hop, Survey, settle_again
@@ -144,6 +144,8 @@ def _train(conv: GenericConv, given: Given) -> Tensor:
     elif use.store is not None:
         rows = use.store.pull(edges.others)
         source = _compensated(conv, source, first, given, None)
+    if rows is not None:
+        rows = drop_like(conv, given, rows)
 
     def answer(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
         store = hop.store_use.store

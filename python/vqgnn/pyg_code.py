@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
+from .dropout import dropped
 from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Graph
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def source_rows(conv: GenericConv, given: Given, of: Callable[[Tensor], Tensor] 
     """[b, dim]: `of` the arguments that neighbours are told, side by side; x itself where it is the only one."""
     told = [of(value).flatten(1) if value.dim() > 2 else of(value) for value in given.rows(conv.survey.told).values()]
     return told[0] if len(told) == 1 else torch.cat(told, 1)
+
+
+def drop_like(conv: GenericConv, given: Given, rows: Tensor) -> Tensor:
+    """Other nodes' rows [h, dim] with fresh dropout, of the shares that the same arguments of the batch have had."""
+    told = given.rows(conv.survey.told).values()
+    shares = [dropped(value)[1] for value in told]
+    if not any(shares):
+        return rows
+    parts = rows.split([value[:1].numel() for value in told], 1)
+    return torch.cat([F.dropout(part, share) for part, share in zip(parts, shares, strict=True)], 1)
 
 
 def _arguments(conv: GenericConv, given: Given, source: Tensor) -> dict[str, Tensor]:

@@ -18,19 +18,20 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-from vqgnn_kernels import CSR, aggregate
+from vqgnn_kernels import CSR
 
-from .dropout import undropped
+from .dropout import dropped, undropped
 from .generic import refuse_taken_names
 from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution
 from .hetero_graph import BatchRelation, EdgeType, Relation
 from .nn import CONVS
 from .pyg_code import Stop, flat
-from .store import NodeStore
+from .store import Neighbours, NodeStore
 from .store_conv import StoreConv, StoreUse, require_whole
 
 GIVEN_EDGES = Convolution("sum")  # the relation's edges as they are
@@ -198,7 +199,8 @@ def _messages(conv: RelationConv, x: Tensor, graph: BatchRelation) -> Tensor:
         grads = use.grads[0].store
         csr_t = _known(csr_t._replace(halo=graph.outside_receivers(use.convolution)), graph.n_id.numel(), grads)
         grad_rows = grads.rows
-    messages = aggregate(source, csr, rows, csr_t, grad_rows)
+    neighbours = Neighbours(csr, rows, csr_t, grad_rows, dropout=dropped(x)[1] if source is x else 0.0)
+    messages = conv.batch_messages(source, neighbours)[0]
     if conv.training:
         with torch.no_grad():
             _push(use, conv.message_input(undropped(x)), None, graph)
@@ -234,6 +236,8 @@ def _own_code(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
         others = graph.graph.x[edges.others]
     elif use.store is not None:
         others = use.store.pull(edges.others)
+    if others is not None:
+        others = F.dropout(others, dropped(source)[1], conv.training)
     if conv.training:
         _push(use, undropped(source), undropped(target), graph)
     rows = source

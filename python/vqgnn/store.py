@@ -94,7 +94,7 @@ class Neighbours(NamedTuple):
     """What a conv reads of its batch: the batch's rows of C and of C^T, and the tables that their halo points into.
 
     rows, rows_t: states of csr's and of csr_t's halo; grad_rows, softmax [h_t, 2, heads]: gradients of csr_t's, and
-    the softmax of an attention.
+    the softmax of an attention. dropout: share of `rows` to be dropped.
     """
 
     csr: CSR
@@ -103,6 +103,7 @@ class Neighbours(NamedTuple):
     grad_rows: Rows | None = None
     rows_t: Rows | None = None
     softmax: Tensor | None = None
+    dropout: float = 0.0
 
 
 class NodeStore(nn.Module):

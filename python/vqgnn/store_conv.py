@@ -10,7 +10,7 @@ from torch import Tensor
 from vqgnn_kernels import aggregate, pull_rows
 
 from .alignment import align
-from .dropout import undropped
+from .dropout import dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
 
@@ -91,11 +91,14 @@ class StoreConv:
         of the rows, then of csr_t's halo where its gradients are known. The second result is the log-sum-exp
         [r, heads] of an attention's scores.
         """
-        return aggregate(source, *neighbours[:4]), None
+        share = neighbours.dropout
+        seed = torch.randint(2**31, (), device=source.device) if share else 0
+        return aggregate(source, *neighbours[:4], dropout=share, seed=seed), None
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         """M [b, f] from features x [b, in_channels], with the halo's features read exactly."""
-        return self.batch_messages(x, graph.exact_neighbours(self.store_use.convolution))[0]
+        neighbours = graph.exact_neighbours(self.store_use.convolution)
+        return self.batch_messages(x, neighbours._replace(dropout=dropped(x)[1]))[0]
 
     def combine(self, x: Tensor, messages: Tensor) -> Tensor:
         """[b, out_channels] from the node's own x [b, in_channels] and M [b, f]."""
@@ -115,7 +118,8 @@ class StoreConv:
             return self.input_messages(x, graph)
         source, query, store = self.message_input(x), self.message_query(x), use.store
         kept, kept_query = source, query  # what the store is given of them
-        if self.training and store is not None and (clean := undropped(x)) is not x:
+        clean, share = dropped(x) if store is not None else (x, 0.0)
+        if clean is not x:
             with torch.set_grad_enabled(use.align):
                 kept, kept_query = self.message_input(clean), self.message_query(clean)
         if store is None:
@@ -125,6 +129,8 @@ class StoreConv:
             neighbours, asked = _stored(graph, use)
         else:
             neighbours, asked = graph.neighbours(store, use.convolution), _stored_queries(graph, use)
+        if source is x:  # where the store has what comes of x, dropping that would be another noise
+            neighbours = neighbours._replace(dropout=share)
         if use.align:
             messages, lse = self.aligned_messages(source, query, kept, graph, neighbours)
         else:

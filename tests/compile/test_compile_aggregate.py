@@ -44,3 +44,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_within_budget(case, compiled):
     compiled(case, lambda: aggregate(*CASES[case]()))
+
+
+@pytest.mark.parametrize("case", ["fp32", "int4", "pq d=4 k=256", "pq d=8 k=256", "pq d=3 f=47"])
+def test_dropout_compiles_within_budget(case, compiled):
+    compiled(f"{case}, dropout", lambda: aggregate(*CASES[case](), dropout=0.5))

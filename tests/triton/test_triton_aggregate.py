@@ -25,9 +25,9 @@ def to(device, bundle):
     return bundle and type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
 
 
-def check(device, x, *matrices, tolerance=1e-5):
+def check(device, x, *matrices, **options):
     """Values and gradients against reference.py."""
-    cpu_check(x.to(device), *(to(device, t) for t in matrices), tolerance=tolerance)
+    cpu_check(x.to(device), *(to(device, t) for t in matrices), **options)
 
 
 @pytest.mark.parametrize("f", [1, 47, 130])
@@ -37,6 +37,15 @@ def test_matches_reference(codec, f, device):
     csr = random_csr(r, b, h, table_rows=n, num_edges=150)
     csr_t = random_csr(b, r, 20, table_rows=n, num_edges=100)
     check(device, torch.randn(b, f), csr, random_rows(codec, n, f), csr_t, random_rows(OTHER[codec], n, f))
+
+
+@pytest.mark.parametrize(("f", "d"), [(45, 3), (130, 4)])
+@pytest.mark.parametrize("codec", CODECS)
+def test_dropout_of_the_halo(codec, f, d, device):
+    rows = random_rows(codec, 40, f, d=d)
+    csr, csr_t = random_csr(17, 11, 30, table_rows=40, num_edges=150), random_csr(11, 17, 20, table_rows=40)
+    other = random_rows(OTHER[codec], 40, f)
+    check(device, torch.randn(11, f), csr, rows, csr_t, other, dropout=0.3, seed=2**40 + 7)
 
 
 @pytest.mark.parametrize("d", [1, 3, 8, 64])
@@ -171,4 +180,5 @@ def test_opcheck(device):
     rows, grad_rows = to(device, random_rows("pq8", 4, 6)), to(device, random_rows("int8", 4, 6))
     csr, csr_t = to(device, random_csr(3, 2, 4)), to(device, random_csr(2, 3, 4))
     x = torch.randn(2, 6, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, grad_rows)))
+    for dropout in ((0.0, None), (0.3, torch.tensor(5, device=device))):
+        torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, grad_rows), *dropout))

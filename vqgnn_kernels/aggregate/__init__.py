@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import implementation
+from .._dropout import check_dropout, seed_tensor
 from .._library import register, register_autograd
 from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
 from . import reference
@@ -12,7 +13,14 @@ __all__ = ["CSR", "Rows", "aggregate"]
 
 
 def aggregate(
-    x: Tensor, csr: CSR, rows: Rows | None = None, csr_t: CSR | None = None, grad_rows: Rows | None = None
+    x: Tensor,
+    csr: CSR,
+    rows: Rows | None = None,
+    csr_t: CSR | None = None,
+    grad_rows: Rows | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """Add up every row's messages, from the batch's own rows and from the halo's stored state.
 
@@ -31,16 +39,22 @@ def aggregate(
         csr_t: the transposed matrix, b rows; columns < r are rows of grad_out, the others are entries of csr_t.halo.
             Needed when x requires a gradient.
         grad_rows: the table of stored output gradients that csr_t.halo points into; None skips them.
+        dropout: share of the halo's state X~_H set to 0, in [0, 1); the rest is scaled by 1 / (1 - dropout). What is
+            dropped is a channel of a row, or of codes a branch, which is d of them.
+        seed: of the dropout, a number or an int64 tensor [] on x's device (which a compiled step or a CUDA graph can
+            draw anew). What is dropped depends on (seed mod 2^32, halo entry, channel or branch) alone: not on where
+            the table is, and for all edges from a halo node it is the same.
     Returns:
         [r, f] of x's dtype.
     Raises:
-        ValueError: wrong dtype or shape, a column or halo entry out of range (found while the edges are read, at no
-            extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified values. On CUDA
-            entries out of range are skipped without an error, which would need a synchronisation.
+        ValueError: wrong dtype or shape, dropout out of range, a column or halo entry out of range (found while the
+            edges are read, at no extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified
+            values. On CUDA entries out of range are skipped without an error, which would need a synchronisation.
     """
     check_tensor("x", x, FLOATS, (None, None))
     b, f = x.shape
     check_csr("csr", csr)
+    check_dropout(dropout)
     if rows is not None:
         check_rows("rows", rows, f)
     if csr_t is None:
@@ -53,7 +67,8 @@ def aggregate(
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
         if grad_rows is not None:
             check_rows("grad_rows", grad_rows, f)
-    return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows))
+    seed = seed_tensor(seed, x.device) if dropout else None
+    return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows), dropout, seed)
 
 
 def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
@@ -69,11 +84,11 @@ def _impl(x, *args):
     csr, rows = _bundle(*args[:8])
     kernels = implementation(__name__, x)
     if kernels is not reference:
-        out = kernels.aggregate(x, csr, rows)
+        out = kernels.aggregate(x, csr, rows, *args[16:])
         if out is not None:
             return out
     check_entries(csr, x.shape[0], rows)
-    return reference.aggregate(x, csr, rows)
+    return reference.aggregate(x, csr, rows, *args[16:])
 
 
 def _fake(x, rowptr, *args):
@@ -89,15 +104,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     no_table = ("", None, None, None)  # the table is a constant: a second derivative sees the matrix alone
-    grad_x = _aggregate(grad_out, *ctx.backward_args, *ctx.forward_matrix, *no_table)
-    return grad_x, *(None,) * 16
+    grad_x = _aggregate(grad_out, *ctx.backward_args, *ctx.forward_matrix, *no_table, 0.0, None)
+    return grad_x, *(None,) * 18
 
 
 _aggregate = register(
     "aggregate(Tensor x, Tensor rowptr, Tensor col, Tensor? weight, Tensor? halo,"
     " str codec, Tensor? data, Tensor? scale, Tensor? codebook,"
     " Tensor? t_rowptr, Tensor? t_col, Tensor? t_weight, Tensor? t_halo,"
-    " str t_codec, Tensor? t_data, Tensor? t_scale, Tensor? t_codebook) -> Tensor",
+    " str t_codec, Tensor? t_data, Tensor? t_scale, Tensor? t_codebook, float dropout, Tensor? seed) -> Tensor",
     _impl,
     _fake,
 )

@@ -8,10 +8,13 @@ from torch import Tensor
 from .. import _chunks
 from .._chunks import chunk_sum, edge_block, span
 from .._decode import load_state, table_arguments
+from .._dropout_triton import chain, dropout_arguments, first_hash, kept
 from .._types import CSR, Rows
 
 
-def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor:
+def aggregate(
+    x: Tensor, csr: CSR, rows: Rows | None = None, dropout: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
     """Entries of rowptr, col and halo that are out of range are skipped: reporting them would need a sync."""
     x = x.contiguous()
     b, f = x.shape
@@ -27,6 +30,7 @@ def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor:
             "p_x": x, "p_rowptr": rowptr, "p_col": col, "p_weight": weight, "p_halo": halo, "b": b, "f": f,
             "num_rows": num_rows, "num_edges": col.shape[0],
             "num_halo": table["num_table"] if halo is None else halo.shape[0], **table,
+            **dropout_arguments(dropout, seed),
         },
         {"f": f},
         chunks=(chunks, {"p_out": partial}),
@@ -38,8 +42,8 @@ def aggregate(x: Tensor, csr: CSR, rows: Rows | None = None) -> Tensor:
 @triton.jit
 def aggregate_fwd_kernel(
     p_x, p_rowptr, p_col, p_weight, p_halo, p_out, p_chunk_out, p_data, p_scale, p_codebook, b, f, num_rows, num_edges,
-    num_halo, num_table, width, K, D: tl.constexpr, CODEC: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    num_halo, num_table, width, K, threshold, p_seed, kept_scale, D: tl.constexpr, CODEC: tl.constexpr,
+    DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     first_col = tl.program_id(1) * BLOCK_F
@@ -58,16 +62,36 @@ def aggregate_fwd_kernel(
         ).to(tl.float32)
         m_used = m_batch
         if CODEC != "none":
-            row = col - b
+            entry = col - b
+            row = entry
             m_halo = (row >= 0) & (row < num_halo)
             if p_halo is not None:
                 row = tl.load(p_halo + row, mask=m_halo, other=-1)
                 m_halo = m_halo & (row >= 0) & (row < num_table)
-            message += load_state(
-                p_data, p_scale, p_codebook, row, m_halo, first_col, width, K, D, CODEC, BLOCK_F
-            )  # one of the two is 0
+            state = load_state(p_data, p_scale, p_codebook, row, m_halo, first_col, width, K, D, CODEC, BLOCK_F)
+            if DROPOUT:
+                hashed = chain(first_hash(tl.load(p_seed)), entry)
+                state *= _kept_units(hashed, first_col, threshold, kept_scale, D, CODEC, BLOCK_E, BLOCK_F)
+            message += state  # one of the two is 0
             m_used = m_batch | m_halo
         if p_weight is not None:
             message *= tl.load(p_weight + edge, mask=m_used, other=0.0)[:, None]
         total += tl.sum(message, 0)
     tl.store(p_out + program * f + feature, total.to(p_out.dtype.element_ty), mask=m_feature)
+
+
+@triton.jit
+def _kept_units(
+    hashed, first_col, threshold, kept_scale, D: tl.constexpr, CODEC: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """[E, BLOCK_F]: what of each halo entry dropout keeps, a channel alone or a branch together."""
+    if CODEC == "pq" and BLOCK_F % D == 0:  # one hash a branch
+        branch = first_col // D + tl.arange(0, BLOCK_F // D)
+        keep = kept(chain(hashed[:, None], branch[None, :]), threshold, kept_scale)
+        keep = tl.broadcast_to(keep[:, :, None], [BLOCK_E, BLOCK_F // D, D])
+        return tl.reshape(keep, [BLOCK_E, BLOCK_F])
+    unit = first_col + tl.arange(0, BLOCK_F)
+    if CODEC == "pq":
+        unit = unit // D
+    return kept(chain(hashed[:, None], unit[None, :]), threshold, kept_scale)

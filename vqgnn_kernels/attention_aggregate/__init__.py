@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import implementation
+from .._dropout import check_dropout, seed_tensor
 from .._library import register, register_autograd
 from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
 from ..store_io import pull_rows
@@ -108,8 +109,7 @@ def attention_aggregate(
         if halo_stats is None:
             raise ValueError("halo_stats is None; grad_rows needs the softmax of its rows, [h_t, 2, H] fp32")
         check_tensor("halo_stats", halo_stats, _FP32, (num_halo, 2, heads))
-    if not isinstance(seed, Tensor):
-        seed = torch.full((), seed & 0xFFFFFFFF, dtype=torch.int64, device=x.device)
+    seed = seed_tensor(seed, x.device)
     out, lse = _attention_aggregate(
         x, *_flat(csr, rows), *_flat(csr_t, grad_rows), halo_stats, query.float(),
         *(None if t is None else t.float() for t in (key, attention, edge_matrix)),
@@ -169,8 +169,7 @@ def _check_forward(
     """(r, b, w) of valid arguments."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+    check_dropout(dropout)
     check_tensor("x", x, FLOATS, (None, None))
     b, w = x.shape
     if heads < 1 or (split and w % heads):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._dropout import kept
 from .._types import CSR, Rows
 from ..store_io.reference import pull_rows
 
@@ -138,13 +139,4 @@ def _mask(i: Tensor, j: Tensor, heads: int, dropout: float, seed: int | Tensor) 
     """m_ijh / (1 - dropout), [e, H]."""
     if dropout == 0:
         return 1.0
-    z = mix(mix(mix(torch.as_tensor(seed, device=i.device) & 0xFFFFFFFF) ^ i) ^ j)
-    z = mix(z[:, None] ^ torch.arange(heads, device=i.device))
-    return (z.double() / 2**32 >= dropout).float() / (1 - dropout)
-
-
-def mix(z: Tensor) -> Tensor:
-    """The 32-bit hash lowbias32; z int64 in 0..2^32-1."""
-    z = (z ^ (z >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    z = (z ^ (z >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return z ^ (z >> 16)
+    return kept(dropout, seed, i[:, None], j[:, None], torch.arange(heads, device=i.device))

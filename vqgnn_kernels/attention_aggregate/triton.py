@@ -4,8 +4,6 @@ A program takes one head of one row, or of one chunk of a long row, and walks th
 Edges whose column is out of range are skipped.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from torch import Tensor
 from .. import _chunks, _triton
 from .._chunks import chunk_sum, edge_block, span
 from .._decode import _clamp_code, _dequantise, load_state, table_arguments
+from .._dropout_triton import chain, dropout_arguments, first_hash, kept
 from .._types import CSR, Rows
 
 _ROWS_PER_PARTIAL = 32  # "gatv2": rows whose parts of the weights' gradients one program adds up, in a fixed order
@@ -162,12 +161,9 @@ def _arguments(
         "p_edges": None if csr.weight is None else csr.weight.contiguous(),
         "p_edge_matrix": None if edge_matrix is None else edge_matrix.contiguous(),
         "slope": slope, "score_scale": scale,
-        "threshold": _signed(min(math.ceil(dropout * 2**32), 2**32 - 1)),
-        # in memory: a CUDA graph can draw it anew, and no value of it compiles a kernel again
-        "p_seed": seed,
-        "kept_scale": 1 / (1 - dropout),
+        **dropout_arguments(dropout, seed),
         "EDGE_DIM": 0 if csr.weight is None else csr.weight.shape[1],
-        "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split, "DROPOUT": dropout > 0,
+        "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split,
         "BLOCK_F": block,
     }  # fmt: skip
 
@@ -176,29 +172,10 @@ def _edge_size(edge_matrix: Tensor | None) -> dict[str, int]:
     return {} if edge_matrix is None else {"edge_dim": edge_matrix.shape[0]}
 
 
-def _signed(word: int) -> int:
-    """A 32-bit word as the int32 of the same bits: one type of kernel argument for all values."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-@triton.jit
-def _mix(z):
-    """The 32-bit hash lowbias32."""
-    z ^= z >> 16
-    z *= 0x7FEB352D
-    z ^= z >> 15
-    z *= 0x846CA68B
-    return z ^ (z >> 16)
-
-
 @triton.jit
 def _dropout(seed, threshold, kept_scale, i, j, head):
     """m_ijh / (1 - dropout)."""
-    z = _mix(seed.to(tl.uint32))
-    z = _mix((z ^ i).to(tl.uint32))  # loop variables, so i and head too, are plain ints in the interpreter
-    z = _mix((z ^ j).to(tl.uint32))
-    z = _mix((z ^ head).to(tl.uint32))
-    return tl.where(z >= threshold.to(tl.uint32, bitcast=True), kept_scale, 0.0)
+    return kept(chain(chain(chain(first_hash(seed), i), j), head), threshold, kept_scale)
 
 
 @triton.jit
