@@ -113,8 +113,9 @@ def test_rows(versus, size, codec):
     versus(ours, {"torch_csr": torch_csr}, size=label, rounds=rounds, memory=True, moved=moved)
 
 
-def test_batch(versus):
-    """A random batch of 10 %: most columns are halo. The peer pulls the halo, joins it to x and multiplies."""
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_batch(versus, dropout):
+    """A random batch of 10 %: most columns are halo. The peer pulls the halo (and drops), joins it to x, multiplies."""
     csr, _ = graph("small")
     num_nodes = SIZES["small"][0]
     rows = code_rows(num_nodes, 4, 256)
@@ -125,12 +126,12 @@ def test_batch(versus):
     shape = (nodes.numel(), nodes.numel() + halo.numel())
     matrix = torch.sparse_csr_tensor(rowptr_b.int(), col_b, batch.weight, shape, check_invariants=False)
 
-    def ours():
-        return aggregate(x, batch, rows)
+    def ours(share=dropout):
+        return aggregate(x, batch, rows, dropout=share, seed=1)
 
-    def pull_then_torch_csr():
-        return matrix @ torch.cat([x, pull_rows(rows, halo, F)])
+    def pull_then_torch_csr(share=dropout):
+        return matrix @ torch.cat([x, torch.dropout(pull_rows(rows, halo, F), share, share > 0)])
 
-    check(ours, pull_then_torch_csr)
-    label = f"b={shape[0]} halo={halo.numel()} e={col_b.numel()} f={F}"
+    check(lambda: ours(0.0), lambda: pull_then_torch_csr(0.0))  # each drops by its own draw
+    label = f"b={shape[0]} halo={halo.numel()} e={col_b.numel()} f={F} dropout={dropout}"
     versus(ours, {"pull_then_torch_csr": pull_then_torch_csr}, size=label, rounds=15, memory=True)

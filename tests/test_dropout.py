@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
@@ -81,6 +82,14 @@ class Sum(pyg.MessagePassing):
         return self.lin(x + self.propagate(edge_index, x=x))
 
 
+class Functional(Net):
+    """The same by F.dropout."""
+
+    def forward(self, x, edge_index):
+        x = self.first(x, edge_index).relu()
+        return self.second(F.dropout(input=x, p=self.dropout.p, training=self.training), edge_index)
+
+
 class DroppedFeatures(Net):
     """Dropout before the first conv, whose halo is then read exactly."""
 
@@ -129,13 +138,38 @@ def check_moments(model, data, call):
     ("net", "kind"),
     [
         *((Net, kind) for kind in (pyg.GCNConv, pyg.SAGEConv, lambda i, o: pyg.GINConv(nn.Linear(i, o)), Sum)),
+        *((Functional, kind) for kind in (pyg.GCNConv, Sum)),
         *((DroppedFeatures, kind) for kind in (pyg.GCNConv, pyg.GATConv, Sum)),
     ],
-    ids=["gcn", "sage", "gin", "own code", "features, gcn", "features, gat", "features, own code"],
+    ids=[
+        *("gcn", "sage", "gin", "own code", "functional, gcn", "functional, own code"),
+        *("features, gcn", "features, gat", "features, own code"),
+    ],
 )
 def test_what_is_read_is_dropped_afresh(data, net, kind):
     torch.manual_seed(0)
     check_moments(net(kind, 0.5), data, homogeneous)
+
+
+def test_states_are_those_before_functional_dropout(data):
+    torch.testing.assert_close(
+        stored(Functional(pyg.GCNConv, 0.9), data)["second"], stored(Net(pyg.GCNConv, 0.0), data)["second"]
+    )
+
+
+def test_a_forward_that_fails_leaves_nothing_on(data):
+    class Failing(Net):
+        def forward(self, x, edge_index):
+            out = super().forward(x, edge_index)
+            if isinstance(edge_index, vqgnn.graph.BatchGraph) and self.training:
+                raise RuntimeError("by this test")
+            return out
+
+    before = torch.overrides._get_current_function_mode_stack()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="by this test"):
+            stored(Failing(pyg.GCNConv, 0.5), data)
+    assert torch.overrides._get_current_function_mode_stack() == before
 
 
 @pytest.mark.parametrize("change", ["relu_", "in place"])

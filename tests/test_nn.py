@@ -219,53 +219,25 @@ def test_only_training_writes_the_store(method):
         assert torch.equal(store.pull(n_id), x)
 
 
-@pytest.mark.parametrize("option", ["auto", "rows"])
-def test_dropped_out_features_read_their_halo_exactly(option):
+@pytest.mark.parametrize(("kind", "option"), [("gcn", "auto"), ("gcn", "rows"), ("cheb", "auto")])
+def test_dropped_out_features_need_no_store(kind, option):
+    """The halo's are read exactly and dropped like the batch's own (Cheb: at its first hop): right on average."""
     data = awkward_graph()
-    c = matrix(data, "gcn")
-    theirs, conv = pair("gcn")
+    theirs, conv = pair(kind)
     model = nn.Module()
     model.conv = conv
     model.forward = lambda x, graph: conv(nn.functional.dropout(x, 0.5, model.training), graph)
     vqgnn.convert(model, data, method="vq", input=option)
     assert not vqgnn.stores(model)
     n_id, graph = batch_of(data, 12)
+    expected = theirs(data.x, data.edge_index)[n_id]
+    torch.testing.assert_close(model.eval()(graph.x, graph), expected, atol=1e-5, rtol=1e-5)
     torch.manual_seed(3)
-    out = model.train()(graph.x, graph)
-    torch.manual_seed(3)
-    x = data.x.clone()
-    x[n_id] = nn.functional.dropout(data.x[n_id], 0.5)
-    expected = (c[n_id] @ x.double()).float() @ theirs.lin.weight.t() + theirs.bias
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    out = model.eval()(graph.x, graph)
-    torch.testing.assert_close(out, theirs(data.x, data.edge_index)[n_id], atol=1e-5, rtol=1e-5)
-
-
-def test_later_hops_read_their_halo_exactly_too():
-    """Of dropped out features, whose own terms are the batch's affair."""
-    data = awkward_graph()
-    theirs, conv = pair("cheb")
-    model = nn.Module()
-    model.conv = conv
-    model.forward = lambda x, graph: conv(nn.functional.dropout(x, 0.5, model.training), graph)
-    vqgnn.convert(model, data, method="vq")
-    assert not vqgnn.stores(model)
-    n_id, graph = batch_of(data, 12)
-    torch.manual_seed(3)
-    out = model.train()(graph.x, graph)
-    torch.manual_seed(3)
-    dropped = nn.functional.dropout(data.x[n_id], 0.5)
-    (source, target), weight = theirs.__norm__(data.edge_index, N, None, "sym")
-    c = torch.zeros(N, N).index_put((target, source), weight, accumulate=True)
-    exact, mine = [data.x, c @ data.x], [dropped]
-    exact.append(2 * c @ exact[1] - exact[0])
-    for x in exact:
-        term = c[n_id] @ x.index_copy(0, n_id, mine[-1])
-        mine.append(term if len(mine) == 1 else 2 * term - mine[-2])
-    expected = sum(lin(x) for lin, x in zip(theirs.lins, mine, strict=True)) + theirs.bias
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    out = model.eval()(graph.x, graph)
-    torch.testing.assert_close(out, theirs(data.x, data.edge_index)[n_id], atol=1e-5, rtol=1e-5)
+    model.train()
+    with torch.no_grad():
+        outs = torch.stack([model(graph.x, graph) for _ in range(1000)])
+    assert ((outs.mean(0) - expected).abs() < 5 * outs.std(0) / 1000**0.5 + 1e-5).all()
+    assert outs.std(0).min() > 0
 
 
 @pytest.mark.parametrize("name", ["gcn", "sage", "gin", "cheb"])

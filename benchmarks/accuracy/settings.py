@@ -13,7 +13,8 @@ from typing import Any
 BATCHES = 10  # mini-batches an epoch: of 10 % of the nodes
 EVALUATIONS = 40  # at most, in a run
 HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated weights
-STATES = "before dropout"  # what is kept of nodes: rows of runs that kept something else do not count
+# What is kept of nodes, and how it is read (attention keeps W x): rows of runs that did otherwise do not count.
+STATES = {"gat": "before dropout", "": "before dropout, dropped afresh"}
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: both at seed 0, the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 
@@ -166,7 +167,7 @@ class Run:
         options = {key: value for key, value in self.options.items() if key != "seed"}
         what = [self.dataset, self.method, sorted(options.items())]
         if options.get("method") in ("vq", "gas", "lmc"):
-            what.append(STATES)
+            what.append(STATES.get(self.model, STATES[""]))
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
     @property

@@ -122,8 +122,7 @@ def convert(
 
         options = hetero.Options(method, codec, input, grad, default_grad, seed)
         hetero.convert(model, data, found, options, fill, forward, make_stores)
-        if codec is not None:
-            watch_dropout(model)
+        watch_dropout(model)
         return model
     graph, device = Graph.of(data), device_of(model, data)
     # The same objects with another class, so that parameters, hooks and optimisers stay.
@@ -192,8 +191,7 @@ def convert(
             if survey is not None:
                 conv.survey = survey
         raise
-    if codec is not None:
-        watch_dropout(model)
+    watch_dropout(model)
     fused = [use for conv, use in uses.items() if use.store is not None and not isinstance(conv, GenericConv)]
     reads = [(use.store, use.convolution) for use in fused] if place in ("host", "disk") else []
     graph.halo_wanted |= any(use.store.in_place for use in fused)

@@ -1,24 +1,35 @@
 """Dropout and stored states: rows are kept without its noise, and what reads them drops them anew."""
 
+import threading
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_open = threading.local()  # .modes: of the models whose forward runs in this thread
 
 
 def watch_dropout(model: nn.Module) -> None:
-    """Have every nn.Dropout of a model leave its input and its share on its output, where `dropped` finds them.
+    """Have what every dropout of a model returns know its input and its share, for `dropped`.
 
     All neighbours read a stored row until its node's next batch, an epoch long. Noise in it does not average out over
     steps as that of fresh dropout does, so states are stored as they were before. A conv then drops the rows that it
     reads with the share that its own rows have had, afresh in every step: as full batch does, and as GNNAutoScale's
     own models do.
+
+    A hook sees an nn.Dropout. F.dropout is seen by a mode that is on while the model's own forward runs, uncompiled.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and _watch not in module._forward_hooks.values():
-            module.register_forward_hook(_watch)
+        if isinstance(module, nn.Dropout) and _after_dropout not in module._forward_hooks.values():
+            module.register_forward_hook(_after_dropout)
+    if _begin not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_begin)
+        model.register_forward_hook(_end, always_call=True)
 
 
 def dropped(x: Tensor) -> tuple[Tensor, float]:
-    """x before the nn.Dropout that it comes from, and what share that dropped.
+    """x before the dropout that it comes from, and what share that dropped.
 
     (x, 0.0) where it comes from none, or was changed in place since. A compiled step cannot see the latter: there a
     dropout's output must not be changed in place.
@@ -36,6 +47,36 @@ def _version(x: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() else x._version
 
 
-def _watch(dropout: nn.Dropout, args: tuple[Tensor, ...], out: Tensor) -> None:
-    if dropout.training and dropout.p > 0 and not dropout.inplace:
-        out._before_dropout = args[0], _version(out), dropout.p
+def _mark(out: Tensor, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    """With the arguments of F.dropout after its result."""
+    if training and p > 0 and not inplace:
+        out._before_dropout = x, _version(out), p
+
+
+def _after_dropout(dropout: nn.Dropout, args: tuple[Tensor, ...], out: Tensor) -> None:
+    _mark(out, args[0], dropout.p, dropout.training, dropout.inplace)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function is F.dropout:
+            _mark(out, *args, **{"x" if name == "input" else name: value for name, value in kwargs.items()})
+        return out
+
+
+def _begin(model: nn.Module, args: tuple) -> None:
+    if model.training and not torch.compiler.is_compiling():
+        watch = _Watch(model)
+        watch.__enter__()
+        _open.modes = [*getattr(_open, "modes", ()), watch]
+
+
+def _end(model: nn.Module, args: tuple, out: object) -> None:
+    if not torch.compiler.is_compiling() and (modes := getattr(_open, "modes", ())) and modes[-1].model is model:
+        modes.pop().__exit__(None, None, None)
