@@ -81,6 +81,12 @@ class Attention(StoreConv):
         """[b, heads * out_channels], or with concat=False their mean over the heads."""
         return messages if self.concat else messages.view(-1, self.heads, self.out_channels).mean(1)
 
+    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
+        out = self.join_heads(messages)
+        if self.res is not None:
+            out = out + self.res(x)
+        return out if self.bias is None else out + self.bias
+
 
 class GATConv(Attention, pyg.GATConv):
     """PyG's GATConv (Velickovic et al.): M_i = sum_j softmax_j(leaky_relu(a_src z_j + a_dst z_i)) z_j with z = W x.
@@ -126,12 +132,6 @@ class GATConv(Attention, pyg.GATConv):
         by_head = attention[0, :, :, None] * torch.eye(self.heads, device=attention.device)[:, None, :]
         return by_head.flatten(0, 1).detach()
 
-    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
-        out = self.join_heads(messages)
-        if self.res is not None:
-            out = out + self.res(x)
-        return out if self.bias is None else out + self.bias
-
 
 class GATv2Conv(Attention, pyg.GATv2Conv):
     """PyG's GATv2Conv (Brody et al.): M_i = sum_j softmax_j(a . leaky_relu(W_l x_j + W_r x_i)) W_l x_j.
@@ -169,12 +169,6 @@ class GATv2Conv(Attention, pyg.GATv2Conv):
         if neighbours.csr.weight is not None:
             options["edge_matrix"] = self.edge_weight().permute(2, 0, 1)
         return self.attend(source, neighbours, query, mode="gatv2", **options)
-
-    def combine(self, x: Tensor, messages: Tensor) -> Tensor:
-        out = self.join_heads(messages)
-        if self.res is not None:
-            out = out + self.res(x)
-        return out if self.bias is None else out + self.bias
 
 
 class TransformerConv(Attention, pyg.TransformerConv):

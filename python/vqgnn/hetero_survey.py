@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .calling import alike, evaluating
 from .graph import not_an_edge_index
 from .hetero_graph import BatchRelation, HeteroGraph, Relation
-from .pyg_code import flat, has_rows
+from .pyg_code import flat, has_rows, taken_edge_tensors
 from .relation_conv import Form, RelationConv, messages_only, run_code
 
 _PROBE_NODES = 5  # of the smallest type; every other has one more, so that rows tell their type
@@ -170,15 +169,12 @@ def _examined(conv: RelationConv, source: Tensor, target: Tensor, relation: Rela
 def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relation) -> Form:
     name, alone = f"{type(conv).__name__} of {relation.edge_type}", source is target
     device, s, t = source.device, len(source), len(target)
-    parameters = inspect.signature(conv.pyg_class.forward).parameters
-    takes = [key for key in relation.edge_tensors
-             if key in parameters and not (key == "edge_attr" and getattr(conv, "edge_dim", conv) is None)]  # fmt: skip
     pairs = torch.cartesian_prod(torch.arange(s, device=device), torch.arange(t, device=device)).t()
     if relation.square:
         pairs = pairs[:, pairs[0] != pairs[1]]
     edge_index = pairs.repeat(1, 2)
-    values = {key: relation.edge_tensors[key] for key in takes}
-    values = {key: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point()) for key, v in values.items()}
+    values = {key: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point())
+              for key, v in taken_edge_tensors(conv, relation).items()}  # fmt: skip
     source, target = (rows.detach().clone().requires_grad_() for rows in (source, target))
     sent: list[Tensor] = []
     out = run_code(conv, source, target, edge_index, values, sent.append)
@@ -214,4 +210,5 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
         rest = whole - messages(half) - messages(~half) + none
         additive &= bool(rest.norm() <= 1e-4 * whole.norm())
-    return Form(takes, target.size(1), [flat(conv, messages).size(1) for messages in sent], additive, read is not None)
+    out_dims = [flat(conv, messages).size(1) for messages in sent]
+    return Form(list(values), target.size(1), out_dims, additive, read is not None)

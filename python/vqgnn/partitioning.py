@@ -49,7 +49,9 @@ def partition(edge_index: Tensor, num_nodes: int, num_parts: int, cache_dir: str
     path = Path(cache_dir or cache_folder()) / f"parts-{digest}.npy"
     part = _read_parts(path, num_nodes, num_parts)
     if part is None:
-        _, part = pymetis.part_graph(num_parts, xadj=rowptr, adjncy=col) if num_parts > 1 else (0, [0] * num_nodes)
+        part = [0] * num_nodes
+        if num_parts > 1:
+            _, part = pymetis.part_graph(num_parts, adjacency=pymetis.CSRAdjacency(rowptr, col))
         part = np.asarray(part, np.int32)
         with atomic_write(path) as handle:
             np.save(handle, part)

@@ -22,6 +22,8 @@ from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Graph
 
 if TYPE_CHECKING:
     from .generic import GenericConv
+    from .hetero_graph import Relation
+    from .relation_conv import RelationConv
     from .survey import Hop, Recorded
 
 
@@ -59,7 +61,7 @@ def bind(conv: GenericConv, args: tuple, kwargs: dict) -> Given:
     return Given(bound.arguments[slot], bound, slot, taken_edge_tensors(conv, graph))
 
 
-def taken_edge_tensors(conv: GenericConv, graph: Graph) -> dict[str, Tensor]:
+def taken_edge_tensors(conv: GenericConv | RelationConv, graph: Graph | Relation) -> dict[str, Tensor]:
     """The data's tensors with a row an edge that a conv takes."""
     parameters = _signature(conv.pyg_class).parameters
     return {
