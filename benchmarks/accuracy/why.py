@@ -200,9 +200,10 @@ def _best(run: Run, state: str) -> dict[str, float]:
     config = worker.config_of(run, 1)
     trainer = Trainer(config, datasets.of_config(config))
     for module in trainer.model.modules():
-        if isinstance(module, nn.Dropout) and state in STATES[:2]:
-            module._forward_hooks.clear()  # of vqgnn.dropout
-            if state == STATES[1]:
+        if state in STATES[:2] and (module is trainer.model or isinstance(module, nn.Dropout)):
+            module._forward_pre_hooks.clear()  # of vqgnn.dropout
+            module._forward_hooks.clear()
+            if state == STATES[1] and isinstance(module, nn.Dropout):
                 module.register_forward_hook(_stored_before)
     best: dict[str, float] = {}
     with no_denormals():
