@@ -192,8 +192,8 @@ vqgnn::Dropout as_dropout(double p, uint32_t seed) {
 }
 
 bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_rows, uintptr_t col, int64_t num_edges,
-               uintptr_t weight, uintptr_t halo, int64_t num_halo, const py::object& table_object, double dropout, uint32_t seed,
-               uintptr_t out) {
+               uintptr_t weight, uintptr_t halo, int64_t num_halo, const py::object& table_object, double dropout,
+               uint32_t seed, uintptr_t out) {
   const vqgnn::Table table = as_table(table_object, f);
   const vqgnn::Dropout halo_dropout = as_dropout(dropout, seed);
   require(b >= 0 && f >= 0 && num_rows >= 0 && num_edges >= 0 && num_halo >= 0, "a size is negative");

@@ -1,4 +1,5 @@
-// out[i] = sum over the edges of row i of weight * (a row of x, or a row of the table decoded in registers, with dropout).
+// out[i] = sum over the edges of row i of weight * (a row of x, or a row of the table decoded in registers), with dropout
+// of the table's rows.
 //
 // A thread takes a chunk of rows. It resolves the chunk's edges once into two lists (rows of x, rows of the table) of
 // addresses and weights, and then goes over the lists once for every slice of columns, whose sums stay in registers and
@@ -31,8 +32,9 @@ struct List {
   int end[kChunkRows];
   const char* row[kPieceEdges + kAhead];  // the tail repeats the last row, so that prefetching needs no bound
   float weight[kPieceEdges];  // with dropout, by 1 / (1 - p)
-  uint32_t chain[kPieceEdges];  // with dropout, the hash of (seed, halo entry)
   Affine affine[kPieceEdges];
+  uint32_t chain[kPieceEdges];  // with dropout, the hash of (seed, halo entry)
+  uint32_t drop_last = 0;       // with dropout, see Dropout::last
 };
 
 VQGNN_INLINE bool kept(uint32_t chain, int64_t unit, uint32_t last) { return mix(chain ^ uint32_t(unit)) > last; }
@@ -51,7 +53,7 @@ struct Output {
 };
 
 template <typename Read, bool drops, int nv>
-void add_vectors(const List& list, const Output& out, int64_t c, uint32_t last) {
+void add_vectors(const List& list, const Output& out, int64_t c) {
   int k = 0;
   for (int i = 0; i < out.num_rows; ++i) {
     const int end = list.end[i];
@@ -67,7 +69,7 @@ void add_vectors(const List& list, const Output& out, int64_t c, uint32_t last) 
       const Affine affine = list.affine[k];
       for (int v = 0; v < nv; ++v) {
         Floats value = Read::vector(row, c + v * kLanes, affine);
-        if (drops) value = (Floats)((Ints)value & kept_units<kLanes>(list.chain[k], c + v * kLanes, last));
+        if (drops) value = (Floats)((Ints)value & kept_units<kLanes>(list.chain[k], c + v * kLanes, list.drop_last));
         acc[v] += weight * value;
       }
     }
@@ -76,19 +78,19 @@ void add_vectors(const List& list, const Output& out, int64_t c, uint32_t last) 
 }
 
 template <typename Read, bool drops>
-void add_rows(const List& list, const Output& out, uint32_t last) {
+void add_rows(const List& list, const Output& out) {
   if (list.count == 0) return;
   int64_t c = 0;
-  for (; c + 8 * kLanes <= out.f; c += 8 * kLanes) add_vectors<Read, drops, 8>(list, out, c, last);
-  for (; c + 2 * kLanes <= out.f; c += 2 * kLanes) add_vectors<Read, drops, 2>(list, out, c, last);
-  for (; c + kLanes <= out.f; c += kLanes) add_vectors<Read, drops, 1>(list, out, c, last);
+  for (; c + 8 * kLanes <= out.f; c += 8 * kLanes) add_vectors<Read, drops, 8>(list, out, c);
+  for (; c + 2 * kLanes <= out.f; c += 2 * kLanes) add_vectors<Read, drops, 2>(list, out, c);
+  for (; c + kLanes <= out.f; c += kLanes) add_vectors<Read, drops, 1>(list, out, c);
   if (c == out.f) return;
   int k = 0;
   for (int i = 0; i < out.num_rows; ++i) {
     float* sums = out.first + i * out.f;
     for (; k < list.end[i]; ++k) {
       for (int64_t t = c; t < out.f; ++t) {
-        if (drops && !kept(list.chain[k], t, last)) continue;
+        if (drops && !kept(list.chain[k], t, list.drop_last)) continue;
         sums[t] += list.weight[k] * Read::scalar(list.row[k], t, list.affine[k]);
       }
     }
@@ -125,7 +127,7 @@ struct Codes16 {  // clamped to the last codeword
 
 // nb branches of d dimensions from branch j on. Codes8 needs a codebook of 256 codewords a branch.
 template <typename Codes, bool drops, int d, int nb>
-void add_branches(const List& list, const Output& out, const Table& table, int64_t j, uint32_t drop_last) {
+void add_branches(const List& list, const Output& out, const Table& table, int64_t j) {
   constexpr int width = d < kLanes ? d : kLanes, parts = d / width;
   using Part = Vec<float, width>;
   constexpr bool bytes = std::is_same<Codes, Codes8<nb>>::value;
@@ -142,7 +144,7 @@ void add_branches(const List& list, const Output& out, const Table& table, int64
     for (int v = 0; v < nb * parts; ++v) acc[v] = load<Part>(sums + v * width);
     for (; k < end; ++k) {
       Vec<float, nb> weight = Vec<float, nb>{} + list.weight[k];
-      if (drops) weight = (Vec<float, nb>)((Vec<int32_t, nb>)weight & kept_units<nb>(list.chain[k], j, drop_last));
+      if (drops) weight = (Vec<float, nb>)((Vec<int32_t, nb>)weight & kept_units<nb>(list.chain[k], j, list.drop_last));
       const Codes codes(list.row[k] + j * code_bytes, last);
       for (int v = 0; v < nb; ++v) {
         const float* codeword = codewords + (v * num_codes + codes[v]) * d;
@@ -156,23 +158,23 @@ void add_branches(const List& list, const Output& out, const Table& table, int64
 }
 
 template <template <int> class Codes, bool drops, int d>
-int64_t add_whole_branches(const List& list, const Output& out, const Table& table, uint32_t drop_last) {
+int64_t add_whole_branches(const List& list, const Output& out, const Table& table) {
   const int64_t m = std::min(table.m, out.f / d);
   int64_t j = 0;
-  for (; j + 8 <= m; j += 8) add_branches<Codes<8>, drops, d, 8>(list, out, table, j, drop_last);
-  for (; j + 2 <= m; j += 2) add_branches<Codes<2>, drops, d, 2>(list, out, table, j, drop_last);
-  for (; j < m; ++j) add_branches<Codes<1>, drops, d, 1>(list, out, table, j, drop_last);
+  for (; j + 8 <= m; j += 8) add_branches<Codes<8>, drops, d, 8>(list, out, table, j);
+  for (; j + 2 <= m; j += 2) add_branches<Codes<2>, drops, d, 2>(list, out, table, j);
+  for (; j < m; ++j) add_branches<Codes<1>, drops, d, 1>(list, out, table, j);
   return m;
 }
 
 template <typename Code, template <int> class Codes, bool drops>
-void add_codes(const List& list, const Output& out, const Table& table, uint32_t drop_last) {
+void add_codes(const List& list, const Output& out, const Table& table) {
   if (list.count == 0) return;
   const int64_t d = table.d, last = table.K - 1;
   int64_t done = 0;
-  if (d == 4) done = add_whole_branches<Codes, drops, 4>(list, out, table, drop_last);
-  if (d == 8) done = add_whole_branches<Codes, drops, 8>(list, out, table, drop_last);
-  if (d == 16) done = add_whole_branches<Codes, drops, 16>(list, out, table, drop_last);
+  if (d == 4) done = add_whole_branches<Codes, drops, 4>(list, out, table);
+  if (d == 8) done = add_whole_branches<Codes, drops, 8>(list, out, table);
+  if (d == 16) done = add_whole_branches<Codes, drops, 16>(list, out, table);
   for (int64_t j = done; j < table.m && j * d < out.f; ++j) {  // other d, and a branch that f cuts short
     const float* codewords = table.codebook + j * table.K * d;
     const int64_t width = std::min(d, out.f - j * d);
@@ -180,7 +182,7 @@ void add_codes(const List& list, const Output& out, const Table& table, uint32_t
     for (int i = 0; i < out.num_rows; ++i) {
       float* sums = out.first + i * out.f + j * d;
       for (; k < list.end[i]; ++k) {
-        if (drops && !kept(list.chain[k], j, drop_last)) continue;
+        if (drops && !kept(list.chain[k], j, list.drop_last)) continue;
         const int64_t code = load<Code>(list.row[k] + j * sizeof(Code));
         const float* codeword = codewords + std::min(code, last) * d;
         for (int64_t t = 0; t < width; ++t) sums[t] += list.weight[k] * codeword[t];
@@ -190,15 +192,15 @@ void add_codes(const List& list, const Output& out, const Table& table, uint32_t
 }
 
 template <bool drops>
-void add_table(const List& list, const Output& out, const Table& table, uint32_t last) {
+void add_table(const List& list, const Output& out, const Table& table) {
   switch (table.codec) {
     case Codec::none: return;
-    case Codec::fp32: return add_rows<ReadFloat, drops>(list, out, last);
-    case Codec::fp16: return add_rows<ReadHalf, drops>(list, out, last);
-    case Codec::int8: return add_rows<ReadByte, drops>(list, out, last);
-    case Codec::int4: return add_rows<ReadNibble, drops>(list, out, last);
-    case Codec::pq8: return add_codes<uint8_t, Codes8, drops>(list, out, table, last);
-    case Codec::pq16: return add_codes<uint16_t, Codes16, drops>(list, out, table, last);
+    case Codec::fp32: return add_rows<ReadFloat, drops>(list, out);
+    case Codec::fp16: return add_rows<ReadHalf, drops>(list, out);
+    case Codec::int8: return add_rows<ReadByte, drops>(list, out);
+    case Codec::int4: return add_rows<ReadNibble, drops>(list, out);
+    case Codec::pq8: return add_codes<uint8_t, Codes8, drops>(list, out, table);
+    case Codec::pq16: return add_codes<uint16_t, Codes16, drops>(list, out, table);
   }
 }
 
@@ -290,11 +292,11 @@ bool add_chunk(const Problem& p, int64_t row0, int64_t row1, float* out, List& o
     const int num_rows = int(last - first + 1);
     good &= resolve(p, first, num_rows, e, e1, own, stored);
     const Output piece{out + first * p.f, p.f, num_rows};
-    add_rows<ReadFloat, false>(own, piece, 0);
+    add_rows<ReadFloat, false>(own, piece);
     if (p.dropout.on) {
-      add_table<true>(stored, piece, p.table, p.dropout.last);
+      add_table<true>(stored, piece, p.table);
     } else {
-      add_table<false>(stored, piece, p.table, 0);
+      add_table<false>(stored, piece, p.table);
     }
     e = e1;
     first = last;
@@ -336,6 +338,7 @@ bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int6
 #pragma omp parallel reduction(&& : good)
   {
     List own, stored;
+    stored.drop_last = p.dropout.last;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const int64_t row0 = chunk * kChunkRows;

@@ -12,7 +12,7 @@ from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
 from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
 
-from .dropout import dropped
+from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours
 from .store_conv import StoreConv, require
@@ -70,7 +70,7 @@ class Attention(StoreConv):
             # learns between forward and backward, which must read the same rows
             rows = rows._replace(codebook=rows.codebook.clone())
         dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**31, (), device=source.device) if dropout else 0
+        seed = draw_seed(dropout, source.device)
         out, lse = attention_aggregate(
             source, csr, query, heads=self.heads, rows=rows, csr_t=csr_t, grad_rows=grad_rows, halo_stats=softmax,
             dropout=dropout, seed=seed, **options,

@@ -42,6 +42,11 @@ def undropped(x: Tensor) -> Tensor:
     return dropped(x)[0]
 
 
+def draw_seed(share: float, device: torch.device) -> Tensor | int:
+    """Of a kernel's dropout, anew in every step; drawn where it is used, so that nothing waits for it."""
+    return torch.randint(2**31, (), device=device) if share else 0
+
+
 def _version(x: Tensor) -> int | None:
     """How often x was changed in place."""
     return None if torch.compiler.is_compiling() else x._version

@@ -10,7 +10,7 @@ from torch import Tensor
 from vqgnn_kernels import aggregate, pull_rows
 
 from .alignment import align
-from .dropout import dropped
+from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
 
@@ -92,7 +92,7 @@ class StoreConv:
         [r, heads] of an attention's scores.
         """
         share = neighbours.dropout
-        seed = torch.randint(2**31, (), device=source.device) if share else 0
+        seed = draw_seed(share, source.device)
         return aggregate(source, *neighbours[:4], dropout=share, seed=seed), None
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
