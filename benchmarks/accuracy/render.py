@@ -419,7 +419,7 @@ cosine step size; 10 batches an epoch. All methods of a data set share the model
 epochs; full batch, which makes one step an epoch, has more epochs. Ours has RMSprop, as `vqgnn train` and VQ-GNN as
 published have; its peers have Adam, as their papers have; full batch is compared with the one that validates better.
 **Tuning budget**, the same for every method: the step sizes 0.01 and 0.003 at seed 0, the better by validation goes on;
-one step size for all on amazon-computers, coauthor-physics and ogbn-arxiv-ranks35 (`benchmarks/accuracy/settings.py`).
+one step size for all on coauthor-physics and ogbn-arxiv-ranks35 (`benchmarks/accuracy/settings.py`).
 Peers are PyG's loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too.
 GAS and LMC run on our kernels. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""
 
