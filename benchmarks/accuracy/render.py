@@ -414,7 +414,7 @@ python benchmarks/accuracy render                # this page and its plots
 
 Test accuracy in % (minesweeper: area under the ROC curve) at the best validation epoch, by exact inference with
 averaged weights unless a row says otherwise; mean and standard deviation over seeds where there are several. Models:
-3 x 128, BatchNorm (GAT: LayerNorm), GCN and GAT with a linear map beside every layer (cora and pubmed: neither), a
+3 x 128, BatchNorm (GAT: LayerNorm), GCN and GAT with a linear map beside every layer (cora and pubmed: no norm, GCN without the map), a
 cosine step size; 10 batches an epoch. All methods of a data set share the model, dropout, weight decay and mini-batch
 epochs; full batch, which makes one step an epoch, has more epochs. Ours has RMSprop, as `vqgnn train` and VQ-GNN as
 published have; its peers have Adam, as their papers have; full batch is compared with the one that validates better.

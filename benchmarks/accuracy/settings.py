@@ -47,7 +47,8 @@ PLANETOID = {"options": (("weight_decay", 5e-4), ("norm", "none")), "models": {"
 SETTINGS = {
     "cora": Setting("cora", 0.5, 200, 30, 5, 0.15, **PLANETOID),
     "pubmed": Setting("pubmed", 0.5, 200, 30, 5, 0.4, **PLANETOID),
-    "dblp-citation": Setting("dblp-citation", 0.5, 100, 20, 5, 0.5),
+    # dropout 0.5, 0.7, 0.8: full batch validates at 84.3, 85.2, 85.4 (GCN) and 83.8, 84.6, 85.1 (SAGE)
+    "dblp-citation": Setting("dblp-citation", 0.8, 100, 20, 5, 0.5),
     "amazon-photo": Setting("amazon-photo", 0.5, 200, 60, 5, 0.2),
     "minesweeper": Setting("minesweeper", 0.2, 500, 100, 5, 0.2, (("metric", "auc"),)),
     "amazon-computers": Setting("amazon-computers", 0.5, 300, 60, 3, 0.4),
