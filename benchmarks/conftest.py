@@ -11,7 +11,6 @@ Each row (device, op, size, ours p20/p50/p80, every peer's median and the ratio)
 import csv
 import functools
 import gc
-import platform
 import statistics
 import threading
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from vqgnn.doctor import cpu_name
 
 _on_gpu = False  # set by --device
 
@@ -56,10 +57,7 @@ def on_gpu() -> bool:
 def device_name() -> str:
     if on_gpu():
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()} x {torch.get_num_threads()} threads"
-    return platform.processor()
+    return f"{cpu_name()} x {torch.get_num_threads()} threads"
 
 
 def resident_mb() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import warnings
 from dataclasses import fields
@@ -16,6 +15,7 @@ from settings import BATCHES, Run
 
 from vqgnn import datasets
 from vqgnn.config import Config
+from vqgnn.doctor import cpu_name
 from vqgnn.files import atomic_write
 from vqgnn.runs import Run as RunFolder
 from vqgnn.train import Trainer, no_denormals
@@ -106,7 +106,7 @@ def _row(metrics: list[dict], metric: str) -> dict:
         "seconds_epoch": round(statistics.median(epoch["seconds"] for epoch in metrics), 4),
         "cpu_seconds_epoch": round(statistics.median(epoch["cpu_seconds"] for epoch in metrics), 4),
         "cpu_seconds_best": round(sum(e["cpu_seconds"] for e in metrics if e["epoch"] <= best["epoch"]), 3),
-        "device": _device(),
+        "device": f"{cpu_name()} x {torch.get_num_threads()} threads",
     }
 
 
@@ -120,13 +120,6 @@ def _course(metrics: list[dict]) -> list[dict]:
         if score:
             points.append({"epoch": epoch["epoch"], "cpu_seconds": round(total, 3), **score})
     return points
-
-
-def _device() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()} x {torch.get_num_threads()} threads"
-    return platform.processor()
 
 
 def in_child(run: Run, threads: int, pipe) -> None:

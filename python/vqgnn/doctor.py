@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 PACKAGES = ("torch_geometric", "ogb", "pymetis", "numpy", "tqdm", "matplotlib", "typer")
 
@@ -21,7 +22,8 @@ def report() -> list[tuple[str, str]]:
         ("vqgnn", vqgnn.__version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("platform", platform.platform()),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs"),
+        ("cpu", f"{os.cpu_count()} x {cpu_name()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
     rows += [(name, _version(name)) for name in PACKAGES]
     if torch.cuda.is_available():
@@ -40,6 +42,15 @@ def report() -> list[tuple[str, str]]:
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     rows.append(("cache", f"{folder}{'' if os.access(parent, os.W_OK) else ' (not writable; set VQGNN_CACHE)'}"))
     return rows
+
+
+def cpu_name() -> str:
+    """The processor's model where Linux says it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
