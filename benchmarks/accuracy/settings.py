@@ -55,7 +55,7 @@ SETTINGS = {
     "coauthor-physics": Setting("coauthor-physics", 0.5, 60, 30, 3, 5.0, step_sizes=(0.003,)),
     "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0),
     "ogbn-arxiv-ranks35": Setting(
-        "ogbn-arxiv-tape", 0.3, 100, 30, 1, 3.0, (("features", "80:200"),), step_sizes=(0.01,)
+        "ogbn-arxiv-tape", 0.3, 100, 30, 3, 3.0, (("features", "80:200"),), step_sizes=(0.01,)
     ),
 }
 
