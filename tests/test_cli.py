@@ -13,6 +13,7 @@ import torch
 
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
+from vqgnn.runs import Run
 
 pytestmark = pytest.mark.usefixtures("command_line")
 GRAPH = "generated:n=300,classes=3,features=8"
@@ -166,6 +167,12 @@ def test_out_is_never_overwritten(run, capsys):
 def test_resume_refuses_other_options(run, capsys):
     fails(capsys, ["train", "--resume", "--out", str(run), "--hidden", "16"], "--hidden 16 differs from the run's 8")
     assert main(["train", "--resume", "--out", str(run), "--hidden", "8"]) == 0
+
+
+def test_one_process_trains_a_run(run, capsys):
+    with Run(run).locked():
+        fails(capsys, ["train", "--resume", "--out", str(run)], "is being trained by another process", "another --out")
+    assert main(["train", "--resume", "--out", str(run)]) == 0
 
 
 def test_resume_needs_a_run(tmp_path, capsys):

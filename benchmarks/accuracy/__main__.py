@@ -16,6 +16,7 @@ import argparse
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -97,7 +98,9 @@ def run_all(runs: list[Run], jobs: int, threads: int, end: float) -> int:
                 failed += error is not None
                 text = f"{pending[job].name}: {error}" if error else job.result()
                 print(f"[{number}/{len(runs)}] {text}", flush=True)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
+            for child in multiprocessing.active_children():
+                child.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     return failed
@@ -149,6 +152,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the runs
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # before Python 3.13 the server's own path lacks this folder
     multiprocessing.get_context("forkserver").set_forkserver_preload(["worker"])
     sys.exit(main())

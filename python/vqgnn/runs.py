@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from .config import Config, InputError
 from .files import atomic_write
@@ -55,6 +62,21 @@ class Run:
         with atomic_write(path / "config.json") as handle:
             handle.write(config.to_json().encode())
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains this run meanwhile: two processes would mix up its metrics and checkpoints."""
+        with open(self.path / "config.json", "r+b") as handle:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"run {str(self.path)!r} is being trained by another process; wait for it, or choose another --out"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     @staticmethod
     def free_name(config: Config, root: str | Path = "runs") -> Path:

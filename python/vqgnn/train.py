@@ -317,6 +317,10 @@ class Trainer:
     @no_denormals()
     def fit(self, run: Run) -> dict[str, Any]:
         """Train to the last epoch, writing metrics and a checkpoint after each; return the summary."""
+        with run.locked():
+            return self._fit(run)
+
+    def _fit(self, run: Run) -> dict[str, Any]:
         fingerprint = self.dataset.fingerprint()
         run.keep_metrics(self.epoch)
         batches = len(self.loader)
