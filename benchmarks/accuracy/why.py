@@ -235,10 +235,11 @@ def plot(rows: list[dict]) -> None:
         axis.plot(*course("gas fp32", layer, "error"), "k:", label="gas fp32: error")
         axis.set(title=f"what a batch reads: layer {layer}, no dropout", xlabel="epoch", ylabel="|X~ - X| / |X|")
     for name in METHODS:
-        axes[0][2].plot(*course(name, 0, "gradient bias"), label=name)
-        axes[1][0].plot(*course(name, 0, "gradient cosine"), label=name)
-    axes[0][2].set(title="gradient of an epoch: error", ylabel="|g - g full| / |g full|", xlabel="epoch", yscale="log")
-    axes[1][0].set(title="gradient of an epoch: cosine with full batch", xlabel="epoch")
+        axes[0][2].plot(*course(name, 0, "gradient bias", 0.3), label=name)
+        axes[1][0].plot(*course(name, 0, "gradient cosine", 0.3), label=name)
+    axes[0][2].set(title="gradient, trained with dropout 0.3: error", xlabel="epoch", yscale="log")
+    axes[0][2].set(ylabel="|g - g full| / |g full|")
+    axes[1][0].set(title="gradient: cosine with full batch", xlabel="epoch")
     for layer in (1, 2):
         axes[1][1].plot(*course("vq", layer, "norm mean"), label=f"vq, layer {layer}: mean, in deviations")
         axes[1][1].plot(*course("vq", layer, "norm deviation"), "--", label=f"vq, layer {layer}: deviation, relative")
