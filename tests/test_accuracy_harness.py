@@ -1,6 +1,7 @@
 """benchmarks/accuracy: what decides a run's name, which trial goes on, and that the peers are what they claim to be."""
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,3 +154,9 @@ def test_sign_and_sgc_see_powers_of_the_matrix(harness):
     expected = torch.stack([x, c @ x, c @ c @ x, c @ c @ c @ x], 1)
     torch.testing.assert_close(peers.SIGN(config, dataset, 3).rows, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peers.SGC(config, dataset, 3).rows, expected[:, 3], rtol=1e-4, atol=1e-5)
+
+
+def test_docs_are_what_the_rows_give():
+    command = [sys.executable, str(FOLDER), "render", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy run                     # what is missing of all tables
     python benchmarks/accuracy run --dry-run           # how much is missing, and about how long it takes
-    python benchmarks/accuracy render                  # docs/results.md and its plots
+    python benchmarks/accuracy render                  # docs/results.md, its plots, and README's table
 
 Every run has a hash of all that decides its result, and one row in results/accuracy.csv: a run that is there is not
 made again, one with other settings is. Each method of a data set and model has the same tuning budget: its step sizes
@@ -146,7 +146,8 @@ def main() -> int:
     runner.add_argument("--dry-run", action="store_true", help="only say what is missing and the estimate")
     runner.set_defaults(command=run)
     renderer = commands.add_parser("render", help="tables and plots from the rows that are there")
-    renderer.set_defaults(command=lambda args: __import__("render").render())
+    renderer.add_argument("--check", action="store_true", help="only say whether page and README are what they give")
+    renderer.set_defaults(command=lambda args: __import__("render").render(args.check))
     args = parser.parse_args()
     return args.command(args)
 

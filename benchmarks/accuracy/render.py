@@ -1,4 +1,4 @@
-"""Tables and plots from the rows that are there: docs/results.md, and plots in benchmarks/results/plots."""
+"""Tables and plots from the rows that are there: docs/results.md, README's table, plots in benchmarks/results/plots."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, PLOTS = ROOT / "docs" / "results.md", results.FOLDER / "plots"
+PAGE, README, PLOTS = ROOT / "docs" / "results.md", ROOT / "README.md", results.FOLDER / "plots"
+MARK = "<!-- written by `python benchmarks/accuracy render` -->\n"  # in README, before the table
 OURS, CLUSTERS = "vq", "vq-cluster"
+SUMMARY = ("full", OURS, "gas", "lmc", "cluster-gcn", "saint-rw", "drop")  # in README
 PEERS = ("gas", "lmc", "cluster-gcn", "saint-rw", "saint-rw-plain", "ns-sage", "vq-paper")
 TRAINED = [name for name, method in METHODS.items() if not method.shared]
 CHEAP = [name for name, method in METHODS.items() if method.shared]
@@ -94,14 +96,30 @@ def cells_of(table: Table, method: str = OURS) -> list[Cell]:
 def main_table(table: Table, model: str) -> str:
     """A line a data set; methods that were not run with this model have no column."""
     there = [m for m in TRAINED if any(table.values((dataset, model, m)) for dataset in SETTINGS)]
-    rows = []
-    for dataset in SETTINGS:
-        texts = [table.text((dataset, model, method)) for method in there]
-        if any(text != "-" for text in texts):
-            seeds = sorted({len(table.values((dataset, model, m))) for m in there} - {0})
-            count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
-            rows.append([dataset, *texts, count])
+    rows = [[dataset, *line] for dataset in SETTINGS if (line := texts_and_seeds(table, dataset, model, there))]
     return markdown(["test, %", *(METHODS[m].label for m in there), "seeds"], rows)
+
+
+def texts_and_seeds(table: Table, dataset: str, model: str, methods: Iterable[str]) -> list[str]:
+    """A cell a method, and over how many seeds they are means; [] where there is nothing."""
+    seeds = sorted({len(table.values((dataset, model, m))) for m in methods} - {0})
+    if not seeds:
+        return []
+    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+    return [*(table.text((dataset, model, method)) for method in methods), count]
+
+
+def summary_table(table: Table) -> str:
+    """README's: a line a data set and model that ours was run on."""
+    rows = [
+        [dataset, model.upper(), *texts_and_seeds(table, dataset, model, SUMMARY)]
+        for model in MODELS
+        for dataset in SETTINGS
+        if table.values((dataset, model, OURS))
+    ]
+    labels = [METHODS[m].label.removesuffix(" (PyG)").partition(",")[0] for m in SUMMARY]
+    labels[SUMMARY.index(OURS)] = "**ours: vq**"
+    return markdown(["data set", "model", *labels, "seeds"], rows)
 
 
 def cheap_table(table: Table) -> str:
@@ -480,13 +498,8 @@ LESSONS = {
 }
 
 
-def render() -> int:
-    """Write the page and its plots."""
-    rows, curves = results.read(), results.read_curves()
-    table = Table(rows)
-    plot_time(rows, curves)
-    plot_memory(table)
-    plot_ablations(rows)
+def page(table: Table, rows: results.Rows, curves: dict) -> str:
+    """docs/results.md."""
     image = "../benchmarks/results/plots"
     parts = [INTRO, "## Targets", targets(table, rows, curves), "## Every method"]
     for model in MODELS:
@@ -508,8 +521,31 @@ def render() -> int:
         if text := ablation_table(rows, name):
             parts += [text, LESSONS[name]]
     parts += [f"![ablations]({image}/ablations.png)", "## Step sizes chosen", chosen_table(table)]
-    PAGE.parent.mkdir(exist_ok=True)
-    with atomic_write(PAGE) as handle:
-        handle.write(("\n\n".join(part for part in parts if part) + "\n").encode())
-    print(f"wrote {PAGE.relative_to(ROOT)} and {PLOTS.relative_to(ROOT)}/")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def readme(table: Table, text: str) -> str:
+    """README's text with its table made anew."""
+    before, mark, after = text.partition(MARK)
+    if not mark:
+        raise ValueError(f"README.md lacks the line {MARK.strip()!r}, after which its table of accuracies stands")
+    return before + mark + summary_table(table) + after[after.index("\n\n") :]
+
+
+def render(check: bool = False) -> int:
+    """Write the page, README's table, and the plots; or only say whether the texts are what the rows give."""
+    rows, curves = results.read(), results.read_curves()
+    table = Table(rows)
+    texts = {PAGE: page(table, rows, curves), README: readme(table, README.read_text())}
+    if check:
+        old = [str(path.relative_to(ROOT)) for path, text in texts.items() if path.read_text() != text]
+        print(f"not what the rows give: {', '.join(old)}" if old else "the texts are what the rows give")
+        return 1 if old else 0
+    plot_time(rows, curves)
+    plot_memory(table)
+    plot_ablations(rows)
+    for path, text in texts.items():
+        with atomic_write(path) as handle:
+            handle.write(text.encode())
+    print(f"wrote {PAGE.relative_to(ROOT)}, the table in {README.name}, and {PLOTS.relative_to(ROOT)}/")
     return 0
