@@ -17,6 +17,7 @@ HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated
 STATES = {"gat": "before dropout", "": "before dropout, dropped afresh"}
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: both at seed 0, the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
+OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of `vqgnn train`: what "auto" stands for
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ SETTINGS = {
 class Method:
     """A row of the tables. `trainer`: run by `vqgnn train`; else by `peers.py`, with PyG's own loaders and convs.
 
-    options: of `vqgnn.config.Config`, over the setting's. shared: whether it ignores the model. needs: the only model
-    that it is for. lacks: data sets that it is not run on. epochs: as a share of the setting's mini-batch epochs, or
+    options: of `vqgnn.config.Config`, over the setting's. shared: whether it ignores the model. models: those that it
+    is run with. lacks: data sets that it is not run on. epochs: as a share of the setting's mini-batch epochs, or
     None for the full-batch number. step_sizes: where a paper fixes them.
     """
 
@@ -73,25 +74,26 @@ class Method:
     options: tuple[tuple[str, Any], ...] = ()
     trainer: bool = True
     shared: bool = False
-    needs: str | None = None
+    models: tuple[str, ...] = MODELS
     lacks: tuple[str, ...] = ()
     epochs: float | None = 1.0
     step_sizes: tuple[float, ...] | None = None
 
 
-def _ours(label: str, method: str, sampler: str = "node", needs: str | None = None, **options: Any) -> Method:
-    return Method(label, (("method", method), ("sampler", sampler), *options.items()), needs=needs)
+def _ours(label: str, method: str, sampler: str = "node", models: tuple[str, ...] = MODELS, **options: Any) -> Method:
+    return Method(label, (("method", method), ("sampler", sampler), *options.items()), models=models)
 
 
 CODEC = "pq:d=4,k=256"
 METHODS = {
     "full": Method("full batch", (("method", "full"),), epochs=None),
     "full-rmsprop": Method("full batch, RMSprop", (("method", "full"), ("optimizer", "rmsprop")), epochs=None),
-    "vq": _ours("ours: vq, random nodes", "vq", codec=CODEC, optimizer="rmsprop"),
-    "vq-forward": _ours("ours, no gradients", "vq", codec=CODEC, grad="off", optimizer="rmsprop"),
-    "vq-adam": _ours("ours, Adam", "vq", codec=CODEC),
-    "vq-align": _ours("ours, aligned rows", "vq", codec=CODEC, align=True, optimizer="rmsprop", needs="gat"),
-    "vq-cluster": _ours("ours, clusters", "vq", "cluster", codec=CODEC, optimizer="rmsprop"),
+    "vq": _ours("ours: vq, random nodes", "vq", codec=CODEC, optimizer="auto"),
+    "vq-forward": _ours("ours, no gradients", "vq", codec=CODEC, grad="off", optimizer="auto"),
+    "vq-adam": _ours("ours, Adam", "vq", codec=CODEC, models=("gcn", "sage")),
+    "vq-rmsprop": _ours("ours, RMSprop", "vq", codec=CODEC, optimizer="rmsprop", models=("gat",)),
+    "vq-align": _ours("ours, aligned rows", "vq", codec=CODEC, align=True, optimizer="auto", models=("gat",)),
+    "vq-cluster": _ours("ours, clusters", "vq", "cluster", codec=CODEC, optimizer="auto"),
     "gas": _ours("GAS, fp32 rows, clusters", "gas", "cluster"),
     "gas-rmsprop": _ours("GAS, fp32 rows, clusters, RMSprop", "gas", "cluster", optimizer="rmsprop"),
     "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster"),
@@ -110,8 +112,8 @@ METHODS = {
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
     "saint-rw": Method("GraphSAINT-RW (PyG)", trainer=False),
-    "saint-rw-plain": Method("GraphSAINT-RW (PyG), not normalised", trainer=False, needs="sage"),
-    "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, needs="sage", epochs=0.25),
+    "saint-rw-plain": Method("GraphSAINT-RW (PyG), not normalised", trainer=False, models=("sage",)),
+    "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, models=("sage",), epochs=0.25),
     "mlp": Method("MLP", (("model", "mlp"), ("sampler", "node")), shared=True),
     "sgc": Method("SGC", trainer=False, shared=True, epochs=None),
     "sign": Method("SIGN", trainer=False, shared=True),
@@ -159,6 +161,8 @@ class Run:
             **dict(method.options),
             **dict(self.changes),
         }
+        if options.get("optimizer") == "auto":
+            options["optimizer"] = OPTIMIZERS[self.model]
         options.setdefault("eval_every", math.ceil(options["epochs"] / EVALUATIONS))
         if options.get("method") == "full":
             del options["batches"]
@@ -189,7 +193,7 @@ def cells(datasets: Iterable[str], models: Iterable[str], methods: Iterable[str]
             if dataset in what.lacks:
                 continue
             for model in [""] if what.shared else models:
-                if what.needs in (None, model):
+                if not model or model in what.models:
                     yield dataset, model, method
 
 

@@ -100,8 +100,10 @@ class Config:
     )
     dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
     attention_dropout: float = option(0.0, "Dropout of attention weights; states that carry it train badly.", 0, 1)
-    optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
-    lr: float = option(0.01, "The optimizer's step size.", 0)
+    optimizer: Literal["auto", "rmsprop", "adam"] = option(
+        "auto", "Optimizer; 'auto' is adam for models with attention, else rmsprop, which is VQ-GNN's choice, too."
+    )
+    lr: float | None = option(None, "The optimizer's step size. [default: 0.01; models with attention: 0.003]", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
     warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
     weight_decay: float = option(0.0, "The optimizer's weight decay.", 0)
@@ -131,13 +133,18 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
-        if self.model in ATTENTIONS and self.hidden % self.heads:
+        attention = self.model in ATTENTIONS
+        if self.optimizer == "auto":
+            object.__setattr__(self, "optimizer", "adam" if attention else "rmsprop")
+        if self.lr is None:
+            object.__setattr__(self, "lr", 0.003 if attention else 0.01)
+        if attention and self.hidden % self.heads:
             raise InputError(f"--heads {self.heads} must divide --hidden {self.hidden}; set --hidden {self.heads * 32}")
         if self.lipschitz is not None and (self.model not in ("gat", "gatv2", "hybrid") or self.lipschitz <= 0):
             raise InputError(
                 f"--lipschitz {self.lipschitz} is for --model gat, gatv2 or hybrid, and must be above 0; leave it out"
             )
-        if self.attention_dropout and self.model not in ATTENTIONS:
+        if self.attention_dropout and not attention:
             raise InputError(
                 f"--attention-dropout {self.attention_dropout} is for --model {', '.join(ATTENTIONS)}; leave it out"
             )
