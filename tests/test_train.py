@@ -81,7 +81,7 @@ def test_bounded_and_aligned_attention():
 @pytest.mark.parametrize("method", ["vq", "gas", "full"])
 def test_residual_models_without_batchnorm(model, method):
     """--residual adds W x beside every conv; with --norm layer a node's output depends on no other node of a batch."""
-    trainer = make(model=model, method=method, codec=None, norm="layer", optimizer="rmsprop", lr=0.01)
+    trainer = make(model=model, method=method, codec=None, norm="layer", lr=0.01)
     norm = trainer.model.norms[0]
     assert (type(norm).__name__, norm.mode) == ("LayerNorm", "node")
     trainer.train_epoch()
@@ -216,7 +216,7 @@ def test_learning_rate_course():
 
 def test_options_reach_what_they_are_for():
     assert isinstance(make().optimizer, torch.optim.RMSprop)
-    assert isinstance(make(model="gat", heads=2).optimizer, torch.optim.Adam)
+    assert (make().config.lr, make(model="gat", heads=2).config.lr) == (0.01, 0.003)
     trainer = make(grad="off", whiten=False, optimizer="adam")
     assert isinstance(trainer.optimizer, torch.optim.Adam)
     (store,) = trainer.stores.values()

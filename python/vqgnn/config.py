@@ -100,9 +100,7 @@ class Config:
     )
     dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
     attention_dropout: float = option(0.0, "Dropout of attention weights; states that carry it train badly.", 0, 1)
-    optimizer: Literal["auto", "rmsprop", "adam"] = option(
-        "auto", "Optimizer; 'auto' is adam for models with attention, else rmsprop, which is VQ-GNN's choice, too."
-    )
+    optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
     lr: float | None = option(None, "The optimizer's step size. [default: 0.01; models with attention: 0.003]", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
     warmup_epochs: float = option(0.0, "Epochs over which the step size rises linearly.", 0)
@@ -134,8 +132,6 @@ class Config:
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
         attention = self.model in ATTENTIONS
-        if self.optimizer == "auto":
-            object.__setattr__(self, "optimizer", "adam" if attention else "rmsprop")
         if self.lr is None:
             object.__setattr__(self, "lr", 0.003 if attention else 0.01)
         if attention and self.hidden % self.heads:
