@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .config import Config, InputError
+from .files import atomic_write
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-from .config import Config, InputError
-from .files import atomic_write
 
 _CHECKPOINT_VERSION = 2
 _STATE = "state"  # folder of node states that lie on disk
