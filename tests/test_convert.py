@@ -63,8 +63,8 @@ def test_stores_are_there_where_state_is_needed(data):
     for grad in (None, True):  # attention keeps gradients on request alone
         (store,) = vqgnn.stores(vqgnn.convert(GAT(6, 8, 2, 3), data, grad=grad)).values()
         assert store.grad == bool(grad) and (store.softmax is not None) == bool(grad)
-    for build, dim in ((GATv2, 8), (Transformer, 16)):  # keys and values; with gradients, queries beside them
-        assert [store.dim for store in vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data)).values()] == [dim]
+    for build, dim in ((GATv2, 8), (Transformer, 16)):  # inputs; with gradients, keys and values, and queries
+        assert [store.dim for store in vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data)).values()] == [8]
         found = vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data, grad=True))
         assert {name: (store.dim, store.grad) for name, store in found.items()} == {
             "convs.1": (dim, True), "convs.1.query": (8, False),

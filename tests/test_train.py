@@ -66,15 +66,17 @@ def test_every_model_and_method(model, method):
     assert ("perplexity" in metrics) == (method == "vq" and model != "mlp")
 
 
-def test_bounded_and_aligned_attention():
-    """--lipschitz holds after every step, and --align reaches the convs that read stored rows."""
-    trainer = make(model="gat", lipschitz=0.3, align=True)
+def test_attention_options():
+    """--lipschitz holds after every step, and --attention-state reaches the convs that read stored rows."""
+    trainer = make(model="gat", lipschitz=0.3)
     trainer.train_epoch()
     convs = [layer.conv for layer in trainer.model.convs]
     for conv in convs:
         for vector in (conv.att_src, conv.att_dst):
             assert float(vector.detach().norm(dim=-1).max()) <= 0.3 * (1 + 1e-5)
-    assert [conv.store_use.align for conv in convs] == [False, True]
+    assert [conv.store_use.inputs for conv in convs] == [False, True]
+    projected = make(model="gat", attention_state="projected")
+    assert not any(layer.conv.store_use.inputs for layer in projected.model.convs)
 
 
 @pytest.mark.parametrize("model", ["gcn", "gat", "gatv2", "hybrid"])
@@ -142,8 +144,8 @@ def test_norms(norm, kind):
         ({"lipschitz": 2.0}, "--lipschitz 2.0 is for --model gat, gatv2 or hybrid"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1 is for --model gat, gatv2"),
         ({"model": "gat", "lipschitz": 0.0}, "must be above 0"),
-        ({"align": True}, "attention that reads stored rows, not GCNConv"),
-        ({"model": "gat", "method": "drop", "codec": None, "align": True}, "with method='drop'"),
+        ({"attention_state": "input"}, "no fused attention of GCN reads stored rows"),
+        ({"model": "gat", "method": "drop", "codec": None, "attention_state": "input"}, "with method='drop'"),
     ],
 )
 def test_attention_options_where_there_is_none(changes, words):

@@ -13,8 +13,8 @@ from typing import Any
 BATCHES = 10  # mini-batches an epoch: of 10 % of the nodes
 EVALUATIONS = 40  # at most, in a run
 HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated weights
-# What is kept of nodes, and how it is read (attention keeps W x): rows of runs that did otherwise do not count.
-STATES = {"gat": "before dropout", "": "before dropout, dropped afresh"}
+# What is kept of nodes, and how it is read: rows of runs that did otherwise do not count.
+STATES = {"gat": "inputs before dropout, dropped afresh", "": "before dropout, dropped afresh"}
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: both at seed 0, the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of ours, "auto" below: by validation at seed 0
@@ -94,7 +94,9 @@ METHODS = {
     "vq-forward": _ours("ours, no gradients", "vq", codec=CODEC, grad="off", optimizer="auto"),
     "vq-adam": _ours("ours, Adam", "vq", codec=CODEC, models=("gcn", "sage")),
     "vq-rmsprop": _ours("ours, RMSprop", "vq", codec=CODEC, optimizer="rmsprop", models=("gat",)),
-    "vq-align": _ours("ours, aligned rows", "vq", codec=CODEC, align=True, optimizer="auto", models=("gat",)),
+    "vq-projected": _ours(
+        "ours, projected states", "vq", codec=CODEC, attention_state="projected", optimizer="auto", models=("gat",)
+    ),
     "vq-cluster": _ours("ours, clusters", "vq", "cluster", codec=CODEC, optimizer="auto"),
     "gas": _ours("GAS, fp32 rows, clusters", "gas", "cluster"),
     "gas-rmsprop": _ours("GAS, fp32 rows, clusters, RMSprop", "gas", "cluster", optimizer="rmsprop"),

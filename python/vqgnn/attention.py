@@ -34,8 +34,10 @@ def require_attention(conv: Attention) -> None:
 class Attention(StoreConv):
     """Mix-in: a softmax over edges weighs the messages. Has `heads` and `dropout`.
 
-    Gradients reach the weights through the batch's own rows, from messages to the batch alone or, with a gradient store
-    (`convert(..., grad=True)`), to out-of-batch nodes too.
+    A store of inputs keeps x: the halo's rows are decoded and projected with the present weights, and every message to
+    the batch has a gradient for them. A store of projections keeps what neighbours are told, which the kernel reads as
+    it lies; gradients then reach the weights through the batch's own rows, from messages to the batch alone or, with a
+    gradient store (`convert(..., grad=True)`), to out-of-batch nodes too.
     """
 
     fixed = False
@@ -57,11 +59,29 @@ class Attention(StoreConv):
         """[heads, out_channels, edge_dim]: W_e by head."""
         return self.lin_edge.weight.view(self.heads, self.out_channels, self.edge_dim)
 
+    def state(self, x: Tensor) -> Tensor:
+        return x if self.store_use.inputs else self.message_input(x)
+
+    def state_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.store_use.inputs:
+            return self.batch_messages(source, neighbours, query)
+        csr, rows, csr_t, *_, dropout = neighbours
+        halo = source[:0] if rows is None else pull_rows(rows, entries(csr, rows), source.size(1))
+        return self._bipartite_messages(source, halo, dropout, csr._replace(halo=None), csr_t, query)
+
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
-        halo = F.dropout(halo, dropped(x)[1], self.training)
-        source = self.message_input(torch.cat([x, halo.to(x.dtype)]))
-        return self.batch_messages(source, Neighbours(csr, None, csr_t), self.message_query(x))[0]
+        dropout = dropped(x)[1] if self.training else 0.0
+        return self._bipartite_messages(x, halo, dropout, csr, csr_t, self.message_query(x))[0]
+
+    def _bipartite_messages(
+        self, x: Tensor, halo: Tensor, dropout: float, csr: CSR, csr_t: CSR | None, query: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`batch_messages` of inputs x [b, f] and of the halo's [h, f]."""
+        halo = F.dropout(halo, dropout).to(x.dtype)
+        return self.batch_messages(self.message_input(torch.cat([x, halo])), Neighbours(csr, None, csr_t), query)
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
         """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""

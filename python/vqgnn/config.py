@@ -89,8 +89,10 @@ class Config:
         "Models gat, gatv2 and hybrid: bound of how fast attention scores change with a node's row. [default: none]",
         0,
     )
-    align: bool = option(
-        False, "Attention: stored rows follow the weights as the batch's own rows do; better, and slower."
+    attention_state: Literal["input", "projected"] | None = option(
+        None,
+        "What is kept for an attention: its input (the more accurate), or what it tells neighbours (the leaner). "
+        "[default: input; projected with --grad on]",
     )
     norm: Literal["batch", "layer", "none"] = option("batch", "Normalisation after every hidden layer.")
     residual: bool | None = option(

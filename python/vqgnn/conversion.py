@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch_geometric.data import Data, HeteroData
 
 from . import hetero
+from .attention import Attention
 from .calling import call_model, device_of, evaluating
 from .dropout import watch_dropout
 from .generic import GenericConv, make_generic
@@ -37,6 +38,7 @@ METHODS = {
     "drop": (None, False),
     "full": (None, False),
 }
+ATTENTION_STATES = ("input", "projected")
 _PROBE_NODES = 8
 
 
@@ -47,7 +49,7 @@ def convert(
     codec: str | Codec | None = None,
     input: str = "auto",
     grad: bool | None = None,
-    align: bool = False,
+    attention_state: str | None = None,
     fill: bool = True,
     seed: int = 0,
     forward: Callable[[nn.Module, object], Tensor] = call_model,
@@ -77,8 +79,10 @@ def convert(
             convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
             follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
             where it is exact too, but reads the rows of all nodes within two hops of a batch.
-        align: whether stored rows follow the weights as the batch's own rows do (`vqgnn.alignment.align`). For fused
-            attention only and in place of a gradient store; the halo's rows are decoded, one layer at a time.
+        attention_state: what is kept for a fused attention: its "input", which reaches full batch's accuracy on more
+            graphs, and of which the halo's rows are decoded and projected in every batch; or what it tells neighbours,
+            "projected", which is read as it lies, with less memory, and has gradients where `grad` asks for them.
+            Default: the input, unless grad=True.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
@@ -103,8 +107,11 @@ def convert(
     default_codec, default_grad = METHODS[method]
     if default_codec is None and (codec is not None or grad):
         raise ValueError(f"codec={codec!r}, grad={grad!r}: method={method!r} keeps no state; leave them out")
-    if align and grad:
-        raise ValueError("align=True, grad=True: aligned rows take the place of a gradient store; give one of them")
+    if attention_state not in (None, *ATTENTION_STATES):
+        allowed = ", ".join(ATTENTION_STATES)
+        raise ValueError(f"attention_state={attention_state!r} is unknown; choose one of {allowed}, or leave it out")
+    if attention_state == "input" and grad:
+        raise ValueError("attention_state='input', grad=True: gradients go with projected states; use 'projected'")
     codec = default_codec if codec is None else Codec.parse(codec)
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
@@ -113,8 +120,8 @@ def convert(
     if isinstance(data, HeteroData):
         if place in ("host", "pinned"):
             raise ValueError(f"place={place!r} is for Data; a HeteroData takes auto, device or, on the CPU, disk")
-        if align:
-            raise ValueError("align=True is for Data; leave it out with a HeteroData")
+        if attention_state is not None:
+            raise ValueError(f"attention_state={attention_state!r} is for Data; leave it out with a HeteroData")
 
         def make_stores(wanted: list[tuple[object, str, dict]]) -> None:
             on = device_of(model, data.node_stores[0])
@@ -134,6 +141,7 @@ def convert(
             convs |= {name + more: part for more, part in conv.store_parts().items()}
         calls = _probe(model, graph, device, forward)
         uses: dict[StoreConv, StoreUse] = {}
+        attentive = False  # whether some attention reads stored rows
         wanted: list[tuple[object, str, dict]] = []  # the stores to make: of whom, its attribute, their arguments
         for index, (name, conv) in enumerate(convs.items()):
             if conv not in calls:
@@ -155,12 +163,10 @@ def convert(
             if not generic:
                 keep = default_grad and conv.fixed if grad is None else grad
                 if use.input is None:
-                    use.align = align
-                    if align and (codec is None or conv.fixed):
-                        raise ValueError(
-                            f"align=True is for attention that reads stored rows, not {type(conv).__name__} with "
-                            f"method={method!r}; leave it out"
-                        )
+                    if codec is not None and isinstance(conv, Attention):
+                        attentive = True
+                        use.inputs = attention_state != "projected" and not grad
+                        dim = conv.in_channels if use.inputs else dim
                     heads = conv.softmax_heads
                     wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
                     if keep and conv.query_channels:
@@ -178,6 +184,11 @@ def convert(
                     wanted.append((hop.store_use, "store", {**shape, "dim": hop.dim, "grad": False}))
                     if keep:
                         wanted.append((hop, "grads", {**shape, "dim": hop.out_dim, "grad": False}))
+        if attention_state is not None and not attentive:
+            raise ValueError(
+                f"attention_state={attention_state!r}: no fused attention of {type(model).__name__} reads stored rows "
+                f"with method={method!r}; leave it out"
+            )
         if codec is None:
             wanted.clear()
         place, folder = _make_stores(wanted, device, graph.x.device, place, folder, codebook)
@@ -197,7 +208,7 @@ def convert(
     graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        exact = use.input == "rows" or use.align or isinstance(conv, GenericConv)
+        exact = use.input == "rows" or use.inputs or isinstance(conv, GenericConv)
         slices = conv.input_slices if exact else "csr"
         graph.wanted[use.convolution, conv.input_product if use.input == "precompute" else slices] = None
     if fill and stores(model):

@@ -26,8 +26,8 @@ class LayerError:
 
     relative_error: eps = |X~ - X| / |X| over all nodes; of it quantisation alone, with fresh codes (or rows) of X:
         `quantisation`. The rest is staleness.
-    messages: |M~_B - M_B|, the error of the batch's messages, from rows aligned where the conv does; None of a conv
-        that PyG's own code computes, and of an attention whose queries do not follow from what is stored.
+    messages: |M~_B - M_B|, the error of the batch's messages; None of a conv that PyG's own code computes, and of an
+        attention whose queries do not follow from what is stored.
     bound: eps |C| |X| >= messages, theorem 2 of VQ-GNN before the layer's own weights; None where C depends on X
         (attention): the constant is then a matter of how fast it changes.
 
@@ -102,17 +102,20 @@ def _layer_error(
     store, convolution, scale = conv.store_use.store, conv.store_use.convolution, exact.norm()
     error = (store.pull() - exact).norm() / scale
     quantisation = (store.quantised(exact) - exact).norm() / scale
-    if isinstance(conv, Hop) or conv.query_channels:
+    if isinstance(conv, Hop) or (conv.query_channels and not conv.store_use.inputs):
         return LayerError(name, float(error), float(quantisation))
     n_id = batch.graph.origin.n_id
     csr, csr_t = batch.graph.csr(convolution)
     source = exact[n_id]
-    truth = conv.batch_messages(source, Neighbours(csr, Rows("fp32", exact), csr_t))[0]
-    neighbours = batch.graph.neighbours(store, convolution)._replace(grad_rows=None)
-    if conv.store_use.align:
-        read = conv.aligned_messages(source, None, source, batch.graph, neighbours)[0]
-    else:
-        read = conv.batch_messages(source, neighbours)[0]
+    if conv.store_use.inputs:
+        csr_t = batch.graph.bipartite(convolution)[1]
+
+    def messages(neighbours: Neighbours) -> Tensor:
+        query = conv.message_query(source) if conv.store_use.inputs else None
+        return conv.state_messages(source, neighbours._replace(csr_t=csr_t), query)[0]
+
+    truth = messages(Neighbours(csr, Rows("fp32", exact)))
+    read = messages(batch.graph.neighbours(store, convolution)._replace(grad_rows=None))
     norm = _norm(graph, convolution).to(exact.device) if conv.fixed else None
     bound = float(error * norm * scale) if conv.fixed else None
     of_states = (name, float(error), float(quantisation), float((read - truth).norm()), bound)
@@ -123,8 +126,8 @@ def _layer_error(
     error = (store.pull_gradients() - of_messages).norm() / scale
     with torch.enable_grad():
         source.requires_grad_()
-        messages = conv.batch_messages(source, batch.graph.neighbours(store, convolution))[0]
-        (read,) = torch.autograd.grad(messages, source, of_messages[n_id])
+        told = messages(batch.graph.neighbours(store, convolution))
+        (read,) = torch.autograd.grad(told, source, of_messages[n_id])
     bound = float(error * norm * scale) if conv.fixed else None
     return LayerError(*of_states, float(error), float((read - of_rows[n_id]).norm()), bound)
 
@@ -142,11 +145,11 @@ def _full_batch_gradients(
             return output(None, x)
         if not torch.is_grad_enabled():
             raise ValueError(f"{type(conv).__name__} runs within a checkpoint; for its gradients' error, switch it off")
-        source = conv.message_input(x)
+        source = conv.state(x)
         # A tensor of its own: x may go elsewhere, too.
         told = source.view_as(source) if source.requires_grad else source.detach().requires_grad_()
         csr, csr_t = batch.csr(conv.store_use.convolution)
-        messages = conv.batch_messages(told, Neighbours(csr, None, csr_t), conv.message_query(x))[0]
+        messages = conv.state_messages(told, Neighbours(csr, None, csr_t), conv.message_query(x))[0]
         if conv.store_use.store is not None:
             found[conv] = messages, told
         return conv.combine(x, messages)

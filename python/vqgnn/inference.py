@@ -153,7 +153,7 @@ def visit_inputs(
         _Sweep(data, None, dtype, folder, forward, progress, on_inputs=stored).run(model)
     for conv in model.modules():  # a store of the first conv's inputs (input="codes") is no conv's output
         if isinstance(conv, StoreConv) and conv.store_use.store not in {None, *visited}:
-            visit(conv, conv.message_input(data.x.to(device_of(model, data))))
+            visit(conv, conv.state(data.x.to(device_of(model, data))))
 
 
 class _Edgeless(BatchGraph):
@@ -176,6 +176,7 @@ class _Sweep:
         self.batch_size = batch_size
         self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
         self.quantise, self.on_inputs = quantise, on_inputs
+        self.of_states = quantise or on_inputs is not None  # what stores keep is recorded, not what neighbours are told
         self.chain = False  # whether each conv's output is used by the next conv alone: it need not be kept then
         self.outputs: list[Tensor | None] = []  # of the convs that are done, in the order of their calls
         self.widths: list[int] = []  # their channels
@@ -237,7 +238,7 @@ class _Sweep:
             return self.outputs[index][start:stop].to(x)
         if self.chain and self.inputs is not None and index == len(self.outputs) - 1:
             x = self.inputs.data[start:stop].to(x)
-        source = conv.message_input(x)
+        source = conv.state(x) if self.of_states else conv.message_input(x)
         if index >= len(self.outputs) or (source is not batch.x and self.inputs is None):
             return self._record(conv, source)
         if output is not None:
@@ -315,12 +316,14 @@ class _Sweep:
 
     def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:
         use, dim = conv.store_use, source.size(1)
-        if source is batch.x:
+        if source is batch.x and conv.fixed:
             if use.input == "precompute":
                 return self.graph.product(use.convolution)[slice(*self.range)].to(source)
             return self.graph.propagate(use.convolution, self.graph.features, *self.range, dim).to(source)
         if self.quantise or not conv.fixed:
-            return conv.batch_messages(source, batch.read(self.inputs, use.convolution), conv.message_query(x))[0]
+            messages = conv.state_messages if self.of_states else conv.batch_messages
+            table = self.graph.features if source is batch.x else self.inputs
+            return messages(source, batch.read(table, use.convolution), conv.message_query(x))[0]
         return self.graph.propagate(use.convolution, self.inputs, *self.range, dim).to(source)
 
     def _record(self, conv: StoreConv, source: Tensor) -> Tensor:

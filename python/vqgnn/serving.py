@@ -107,12 +107,12 @@ def new_nodes(
 
     def answer(conv: StoreConv | Hop, value: Tensor, batch: BatchGraph, output=None) -> Tensor:
         use = conv.store_use
-        states = conv.message_input(graph.x[k:-1]) if use.input is not None else use.store.pull(known)
+        states = conv.state(graph.x[k:-1]) if use.input is not None else use.store.pull(known)
         table = Rows("fp32", F.pad(states.float(), (0, 0, k, 1)), None, None)  # by the ids of `graph`
         if output is not None:
             return output(table, value)
         neighbours = batch.read(table, use.convolution)
-        messages, _ = conv.batch_messages(conv.message_input(value), neighbours, conv.message_query(value))
+        messages, _ = conv.state_messages(conv.state(value), neighbours, conv.message_query(value))
         return conv.combine(value, messages)
 
     batch = BatchGraph(graph, torch.arange(k, device=device), graph.x[:k], run=answer)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vqgnn_kernels import aggregate, pull_rows
+from vqgnn_kernels import aggregate
 
-from .alignment import align
 from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours, NodeStore
@@ -22,17 +21,17 @@ class StoreUse:
     """What `convert` gives a conv: where its out-of-batch neighbours come from.
 
     store: None drops their messages. input: None, or how the input layer reads the given features
-    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. align: the
-    halo's rows follow the present weights (`align`). reads: of the whole model, stores whose rows take time to come, so
-    that the first conv asks for all of them. queries: where gradients are kept, the queries of an attention whose
-    `query_channels` are not 0.
+    ("precompute": rows of C X; "rows": exact rows of the halo). whole: batches must be the whole graph. inputs: the
+    store keeps what an attention is given, not what it tells neighbours, the projection of that. reads: of the whole
+    model, stores whose rows take time to come, so that the first conv asks for all of them. queries: where gradients
+    are kept, the queries of an attention whose `query_channels` are not 0.
     """
 
     convolution: Convolution
     store: NodeStore | None = None
     input: str | None = None
     whole: bool = False
-    align: bool = False
+    inputs: bool = False
     reads: list[tuple[NodeStore, Convolution]] = field(default_factory=list)
     queries: NodeStore | None = None
 
@@ -42,7 +41,7 @@ class StoreUse:
             return {"precompute": "C x, computed once", "rows": "features"}[self.input]
         if self.store is None:
             return "none: batches are the graph" if self.whole else "none: dropped"
-        return str(self.store.codec) + ", with gradients" * self.store.grad + ", aligned" * self.align
+        return str(self.store.codec) + ", with gradients" * self.store.grad
 
 
 class StoreConv:
@@ -82,6 +81,16 @@ class StoreConv:
         """[b, query_channels]: what the batch's own nodes ask neighbours by; None where there is no such thing."""
         return None
 
+    def state(self, x: Tensor) -> Tensor:
+        """[b, f]: what the store keeps of nodes."""
+        return self.message_input(x)
+
+    def state_messages(
+        self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`batch_messages` of states: of what `state` gives, and of a table of it."""
+        return self.batch_messages(source, neighbours, query)
+
     def batch_messages(
         self, source: Tensor, neighbours: Neighbours, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -116,12 +125,12 @@ class StoreConv:
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
             graph.graph.wanted[use.convolution, self.input_slices] = None
             return self.input_messages(x, graph)
-        source, query, store = self.message_input(x), self.message_query(x), use.store
+        source, query, store = self.state(x), self.message_query(x), use.store
         kept, kept_query = source, query  # what the store is given of them
         clean, share = dropped(x) if store is not None else (x, 0.0)
         if clean is not x:
-            with torch.set_grad_enabled(use.align):
-                kept, kept_query = self.message_input(clean), self.message_query(clean)
+            with torch.no_grad():
+                kept, kept_query = self.state(clean), self.message_query(clean)
         if store is None:
             csr, csr_t = graph.csr(use.convolution)
             return self.batch_messages(source, Neighbours(csr, None, csr_t), query)[0]
@@ -131,27 +140,14 @@ class StoreConv:
             neighbours, asked = graph.neighbours(store, use.convolution), _stored_queries(graph, use)
         if source is x:  # where the store has what comes of x, dropping that would be another noise
             neighbours = neighbours._replace(dropout=share)
-        if use.align:
-            messages, lse = self.aligned_messages(source, query, kept, graph, neighbours)
-        else:
-            query_all = query if asked is None else torch.cat([query, asked])
-            messages, lse = self.batch_messages(source, neighbours, query_all)
+        if use.inputs:  # the gradient goes through the halo's rows to the projection
+            neighbours = neighbours._replace(csr_t=graph.bipartite(use.convolution)[1])
+        query_all = query if asked is None else torch.cat([query, asked])
+        messages, lse = self.state_messages(source, neighbours, query_all)
         if self.training:
             n_id = graph.n_id if store.in_place else graph.origin.n_id
             self._record(n_id, kept, kept_query, messages, lse)
         return messages
-
-    def aligned_messages(
-        self, source: Tensor, query: Tensor | None, kept: Tensor, graph: BatchGraph, neighbours: Neighbours
-    ) -> tuple[Tensor, Tensor | None]:
-        """`batch_messages` with the halo's rows decoded and aligned; their gradient goes to the batch's own rows.
-
-        Before the batch's rows are pushed: what is stored of them says how rows have moved.
-        """
-        csr, csr_t, _ = graph.bipartite(self.store_use.convolution)
-        halo = pull_rows(neighbours.rows, neighbours.csr.halo, source.size(1))
-        halo = align(halo, _own_rows(graph, self.store_use.store), kept)
-        return self.batch_messages(torch.cat([source, halo]), Neighbours(csr, None, csr_t), query)
 
     def _record(self, n_id: Tensor, x: Tensor, query: Tensor | None, messages: Tensor, lse: Tensor | None) -> None:
         """Push the batch's states: with its gradients once backward knows them, else now."""
@@ -193,16 +189,6 @@ class StoreConv:
         for store in self.stores().values():
             store._apply(fn, *args, **kwargs)
         return self
-
-
-def _own_rows(graph: BatchGraph, store: NodeStore) -> Tensor:
-    """[b, f] the batch's own rows as they were stored, before this step's push."""
-    return store.pull(graph.n_id) if store.in_place else _fetched(graph, store)
-
-
-@torch.compiler.disable
-def _fetched(graph: BatchGraph, store: NodeStore) -> Tensor:
-    return store.pull(graph.origin.n_id)
 
 
 @torch.compiler.disable  # transfers are no part of a graph

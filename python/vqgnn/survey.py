@@ -83,6 +83,9 @@ class Hop:
     def message_input(self, x: Tensor) -> Tensor:
         return x
 
+    def state(self, x: Tensor) -> Tensor:
+        return x
+
 
 @dataclass(eq=False)
 class Survey:

@@ -211,7 +211,7 @@ class Trainer:
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
-                options |= {"place": config.place, "folder": folder, "align": config.align}
+                options |= {"place": config.place, "folder": folder, "attention_state": config.attention_state}
                 options["grad"] = {"auto": None, "on": True, "off": False}[config.grad]
                 if config.method == "vq":
                     options["whiten"] = config.whiten

@@ -1,0 +1,125 @@
+"""What is kept for an attention: its input, projected where it is read, or the projection."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import awkward_graph
+from test_convert import GATv2, Transformer
+from torch_geometric.nn.models import GAT, GCN
+
+import vqgnn
+
+N = 200
+kinds = pytest.mark.parametrize("build", [GAT, GATv2, Transformer], ids=["gat", "gatv2", "transformer"])
+
+
+def graph():
+    return awkward_graph(N, 900, undirected=True)
+
+
+def batches(data, size=90):
+    return vqgnn.BatchLoader(data, batch_size=size, seed=0)
+
+
+@kinds
+@pytest.mark.parametrize("method, codec", [("gas", None), ("gas", "int8"), ("vq", f"pq:d=2,k={N}")])
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_inputs_know_of_no_change_of_the_projection(build, method, codec, place, tmp_path):
+    """The attention's own weights change after its states were stored: messages stay right, projected ones do not."""
+    data, errors = graph(), {}
+    for state in ("input", "projected"):
+        torch.manual_seed(0)
+        model = build(6, 8, 2, 3, heads=2).eval()
+        options = {"place": place, "folder": tmp_path, "attention_state": state}
+        vqgnn.convert(model, data, method=method, codec=codec, **options)
+        with torch.no_grad():
+            for parameter in model.convs[1].parameters():
+                parameter.mul_(-0.8)
+        truth = vqgnn.inference.layerwise(model, data)
+        batch = next(iter(batches(data)))
+        with torch.no_grad():
+            out = model(batch.x, batch.graph)
+        errors[state] = float((out - truth[batch.n_id]).norm() / truth[batch.n_id].norm())
+        if state == "input":
+            (layer,) = vqgnn.diagnostics.error_bound(model, data, batch)
+            assert layer.relative_error < 0.02 and layer.messages < 0.02 * truth[batch.n_id].norm()
+    assert errors["input"] < 0.02 and errors["projected"] > 0.2, errors
+
+
+@kinds
+def test_the_projection_learns_from_the_halo(build):
+    """A batch's gradient is the whole graph's with the other nodes' inputs held fixed."""
+    data = graph()
+    torch.manual_seed(0)
+    theirs = build(6, 8, 2, 3, heads=2)
+    model = vqgnn.convert(copy.deepcopy(theirs), data, method="gas")
+    batch = next(iter(batches(data, 40)))
+    F.cross_entropy(model(batch.x, batch.graph), batch.y).backward()
+    inside = torch.zeros(N, 1, dtype=torch.bool)
+    inside[batch.n_id] = True
+    hidden = theirs.act(theirs.convs[0](data.x, data.edge_index))
+    out = theirs.convs[1](torch.where(inside, hidden, hidden.detach()), data.edge_index)
+    F.cross_entropy(out[batch.n_id], batch.y).backward()
+    for mine, truth in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, truth.grad, rtol=1e-4, atol=1e-6)
+
+
+@kinds
+@pytest.mark.parametrize("state", ["input", "projected"])
+def test_frozen_weights_are_exact(build, state):
+    data = graph()
+    torch.manual_seed(0)
+    model = build(6, 8, 3, 3, heads=2).eval()
+    truth = model(data.x, data.edge_index).detach()
+    vqgnn.convert(model, data, method="vq", codec=f"pq:d=2,k={N}", input="codes", attention_state=state)
+    for size in (N, 13):
+        for batch in batches(data, size):
+            torch.testing.assert_close(model(batch.x, batch.graph), truth[batch.n_id], rtol=1e-3, atol=1e-4)
+    for method in ("exact", "vq", "stale"):
+        found = vqgnn.inference.layerwise(model, data, 13, method=method)
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_kept():
+    data = awkward_graph(30, 90)
+
+    def kept(build, **options):
+        model = vqgnn.convert(build(6, 8, 3, 3), data, **options)
+        return [(store.dim, store.grad) for store in vqgnn.stores(model).values()]
+
+    assert kept(GAT) == kept(GAT, method="lmc", grad=False) == [(8, False), (8, False)]
+    assert kept(GAT, attention_state="projected") == [(8, False), (3, False)]
+    assert kept(GAT, grad=True) == kept(GAT, grad=True, attention_state="projected") == [(8, True), (3, True)]
+    with pytest.raises(ValueError, match="attention_state='x' is unknown; choose one of input, projected"):
+        kept(GAT, attention_state="x")
+    with pytest.raises(ValueError, match="attention_state='input', grad=True"):
+        kept(GAT, attention_state="input", grad=True)
+    for build, method in ((GCN, "vq"), (GAT, "drop")):
+        with pytest.raises(ValueError, match=f"no fused attention of {build.__name__} reads.*method='{method}'"):
+            kept(build, method=method, attention_state="input")
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_limited_attention(v2):
+    """Scores move by at most L times what a row does, and vectors within the bound stay."""
+    torch.manual_seed(0)
+    model = GAT(6, 8, 2, 3, heads=2, v2=v2)
+    conv = model.convs[0]
+    vectors = [conv.att] if v2 else [conv.att_src, conv.att_dst]
+    with torch.no_grad():
+        for vector in vectors:
+            vector[0, 0] *= 30 / vector[0, 0].norm()
+            vector[0, 1] *= 0.5 / vector[0, 1].norm()
+    kept = [vector[0, 1].clone() for vector in vectors]
+    vqgnn.nn.limit_attention(model, 2.0)
+    for vector, small in zip(vectors, kept, strict=True):
+        assert vector.norm(dim=-1).flatten().tolist() == pytest.approx([2.0, 0.5])
+        assert torch.equal(vector[0, 1], small)
+
+
+@pytest.mark.parametrize("build, lipschitz", [(GAT, 0.0), (GAT, -1.0), (GCN, 8.0)])
+def test_attention_without_a_bound(build, lipschitz):
+    with pytest.raises(ValueError, match=f"lipschitz={lipschitz} for a {build.__name__}"):
+        vqgnn.nn.limit_attention(build(6, 8, 2, 3), lipschitz)
