@@ -107,14 +107,14 @@ def _layer_error(
     n_id = batch.graph.origin.n_id
     csr, csr_t = batch.graph.csr(convolution)
     source = exact[n_id]
-    if conv.store_use.inputs:
-        csr_t = batch.graph.bipartite(convolution)[1]
 
     def messages(neighbours: Neighbours) -> Tensor:
-        query = conv.message_query(source) if conv.store_use.inputs else None
-        return conv.state_messages(source, neighbours._replace(csr_t=csr_t), query)[0]
+        if not conv.store_use.inputs:
+            return conv.batch_messages(source, neighbours)[0]
+        neighbours = neighbours._replace(csr_t=batch.graph.bipartite(convolution)[1])
+        return conv.state_messages(source, neighbours, conv.message_query(source.detach()))[0]
 
-    truth = messages(Neighbours(csr, Rows("fp32", exact)))
+    truth = messages(Neighbours(csr, Rows("fp32", exact), csr_t))
     read = messages(batch.graph.neighbours(store, convolution)._replace(grad_rows=None))
     norm = _norm(graph, convolution).to(exact.device) if conv.fixed else None
     bound = float(error * norm * scale) if conv.fixed else None
@@ -123,7 +123,7 @@ def _layer_error(
         return LayerError(*of_states)
     of_messages, of_rows = gradients
     scale = of_messages.norm()
-    error = (store.pull_gradients() - of_messages).norm() / scale
+    error = (store.pull_gradients() - of_messages).norm() / scale if store.grad else torch.ones(())
     with torch.enable_grad():
         source.requires_grad_()
         told = messages(batch.graph.neighbours(store, convolution))
