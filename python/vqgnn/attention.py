@@ -81,7 +81,9 @@ class Attention(StoreConv):
     ) -> tuple[Tensor, Tensor]:
         """`batch_messages` of inputs x [b, f] and of the halo's [h, f]."""
         halo = F.dropout(halo, dropout).to(x.dtype)
-        return self.batch_messages(self.message_input(torch.cat([x, halo])), Neighbours(csr, None, csr_t), query)
+        # apart: in one product with x, the halo's rows would be given gradients, too
+        source = torch.cat([self.message_input(x), self.message_input(halo)])
+        return self.batch_messages(source, Neighbours(csr, None, csr_t), query)
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
         """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""
@@ -128,13 +130,14 @@ class GATConv(Attention, pyg.GATConv):
     ) -> tuple[Tensor, Tensor | None]:
         neighbours = self._with_edge_scores(neighbours)
         csr, rows, csr_t, grad_rows, rows_t, *_ = neighbours
-        values = source.view(-1, self.heads, self.out_channels)
-        key = (values * self.att_src).sum(2)
-        query = (values[: csr.rowptr.numel() - 1] * self.att_dst).sum(2)
+        by_source, by_target = self._by_head(self.att_src), self._by_head(self.att_dst)
+        with torch.autocast(source.device.type, enabled=False):  # else scores are bf16, and row_scores' are fp32
+            key = source.float() @ by_source
+            query = source[: csr.rowptr.numel() - 1].float() @ by_target
         if rows is not None:
-            key = torch.cat([key, row_scores(rows, entries(csr, rows), self._score_weight(self.att_src))])
+            key = torch.cat([key, row_scores(rows, entries(csr, rows), by_source)])
         if grad_rows is not None:
-            query = torch.cat([query, row_scores(rows_t, entries(csr_t, rows_t), self._score_weight(self.att_dst))])
+            query = torch.cat([query, row_scores(rows_t, entries(csr_t, rows_t), by_target)])
         return self.attend(source, neighbours, query, key=key, mode="additive", negative_slope=self.negative_slope)
 
     def _with_edge_scores(self, neighbours: Neighbours) -> Neighbours:
@@ -147,10 +150,10 @@ class GATConv(Attention, pyg.GATConv):
             csr_t = csr_t._replace(weight=F.linear(csr_t.weight, by_head.detach()))
         return neighbours._replace(csr=csr._replace(weight=F.linear(csr.weight, by_head)), csr_t=csr_t)
 
-    def _score_weight(self, attention: Tensor) -> Tensor:
-        """[heads * out_channels, heads]: z @ it is z's score by head."""
-        by_head = attention[0, :, :, None] * torch.eye(self.heads, device=attention.device)[:, None, :]
-        return by_head.flatten(0, 1).detach()
+    def _by_head(self, attention: Tensor) -> Tensor:
+        """[heads * out_channels, heads] fp32: z @ it is z's score by head."""
+        by_head = attention[0, :, :, None].float() * torch.eye(self.heads, device=attention.device)[:, None, :]
+        return by_head.flatten(0, 1)
 
 
 class GATv2Conv(Attention, pyg.GATv2Conv):
