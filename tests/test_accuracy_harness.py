@@ -1,5 +1,6 @@
 """benchmarks/accuracy: what decides a run's name, which trial goes on, and that the peers are what they claim to be."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_validation_chooses_the_step_size(harness):
         assert results.chosen(cell, results.read()) is None, "a trial is missing"
         results.append(run, row | {"val": val, "test": test}, [])
     assert results.chosen(cell, results.read()).lr == 0.003
+
+
+def test_several_seeds_choose_the_step_size(harness):
+    """Of cora's the mean decides, over the seeds that both step sizes have."""
+    settings, results, _ = harness
+    cell = ("cora", "gcn", "vq")
+    row = {"train": 1, "stability": "", "best_epoch": 1, "test": 0.5}
+    large, small = settings.trials(cell)
+    values = [(large, 0, 0.72, None), (small, 0, 0.7, large), (large, 1, 0.7, large), (small, 1, 0.74, small)]
+    for run, seed, val, best in [*values, (large, 2, 0.9, small)]:
+        results.append(dataclasses.replace(run, seed=seed), row | {"val": val}, [])
+        assert results.chosen(cell, results.read()) == best
 
 
 @pytest.mark.parametrize("method", ["full", "vq", "gas", "mlp"])

@@ -453,7 +453,8 @@ decay and mini-batch epochs, chosen by full batch's validation accuracy where th
 makes one step an epoch, has more epochs. Ours has RMSprop, as `vqgnn train` and VQ-GNN as published have, but for GAT
 Adam, which validates better there at seed 0 on the mean of cora, pubmed and the amazon sets; its peers have Adam, as
 their papers have; full batch is compared with the one that validates better.
-**Tuning budget**, the same for every method: the step sizes 0.01 and 0.003 at seed 0, the better by validation goes on;
+**Tuning budget**, the same for every method: the step sizes 0.01 and 0.003 at seed 0 (cora and pubmed, which have 500
+nodes to validate with: the mean over the seeds that both were run at), the better by validation goes on;
 one for all on coauthor-physics (0.003) and ogbn-arxiv-ranks35 (0.01, GAT 0.003) (`benchmarks/accuracy/settings.py`).
 Peers are PyG's loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too.
 GAS and LMC run on our kernels. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""

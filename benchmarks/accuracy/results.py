@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from settings import TIMED, Cell, Run, timed, trials
+from settings import SETTINGS, TIMED, Cell, Run, timed, trials
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 ROWS, CURVES = FOLDER / "accuracy.csv", FOLDER / "accuracy_curves.csv"
@@ -63,8 +63,9 @@ def _append(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 
 def chosen(cell: Cell, rows: Rows) -> Run | None:
-    """The trial with the best validation accuracy; None while trials are missing."""
-    done = [(run, rows.get((run.config, 0))) for run in trials(cell)]
-    if any(row is None for _, row in done):
+    """The trial that validates best, in the mean of the seeds that all trials have; None where there is no such seed."""
+    found = trials(cell)
+    seeds = [seed for seed in range(SETTINGS[cell[0]].tuning_seeds) if all((run.config, seed) in rows for run in found)]
+    if not seeds:
         return None
-    return max(done, key=lambda pair: float(pair[1]["val"]))[0]
+    return max(found, key=lambda run: sum(float(rows[run.config, seed]["val"]) for seed in seeds))
