@@ -6,8 +6,8 @@
 
 Every run has a hash of all that decides its result, and one row in results/accuracy.csv: a run that is there is not
 made again, one with other settings is. Each method of a data set and model has the same tuning budget: its step sizes
-at seed 0 (cora and pubmed: at all), of which the better by validation accuracy is run for the other seeds. Runs go seed by seed, so that the
-table is complete for fewer seeds when it is stopped (Ctrl-C, --minutes).
+at seed 0 (cora and pubmed: at all), of which the better by validation accuracy is run for the other seeds. Runs go
+seed by seed, so that the table is complete for fewer seeds when it is stopped (Ctrl-C, --minutes).
 """
 
 from __future__ import annotations

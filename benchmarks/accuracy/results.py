@@ -63,7 +63,7 @@ def _append(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 
 def chosen(cell: Cell, rows: Rows) -> Run | None:
-    """The trial that validates best, in the mean of the seeds that all trials have; None where there is no such seed."""
+    """The trial that validates best in the mean of the seeds that all trials have; None where there is no such seed."""
     found = trials(cell)
     seeds = [seed for seed in range(SETTINGS[cell[0]].tuning_seeds) if all((run.config, seed) in rows for run in found)]
     if not seeds:
