@@ -106,7 +106,8 @@ METHODS = {
     "vq-cluster": _ours("ours, clusters", "vq", "cluster", codec=CODEC, optimizer="auto"),
     "gas": _ours("GAS, fp32 rows, clusters", "gas", "cluster"),
     "gas-rmsprop": _ours("GAS, fp32 rows, clusters, RMSprop", "gas", "cluster", optimizer="rmsprop"),
-    "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster"),
+    # without stored gradients, which attention has none of, it would be GAS
+    "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster", models=("gcn", "sage")),
     # Ding et al., appendix F: RMSprop with 3e-3, codes of the features too (K = 256, of which they say that it works as
     # well as their 1024: here that is more than a small set's batch has nodes); the last iterate, and inference
     # in mini-batches with the codes of training
