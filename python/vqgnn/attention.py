@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,12 @@ from .store_conv import StoreConv, require
 def entries(csr: CSR, rows: Rows) -> Tensor:
     """[h] rows of the table, one a halo entry."""
     return torch.arange(len(rows.data), device=rows.data.device) if csr.halo is None else csr.halo
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """No autocast: scores of a batch's rows would be bf16, `row_scores` of the halo's are fp32."""
+    known = torch.amp.is_autocast_available(device_type)  # of the meta device it is not
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def require_attention(conv: Attention) -> None:
@@ -131,7 +138,7 @@ class GATConv(Attention, pyg.GATConv):
         neighbours = self._with_edge_scores(neighbours)
         csr, rows, csr_t, grad_rows, rows_t, *_ = neighbours
         by_source, by_target = self._by_head(self.att_src), self._by_head(self.att_dst)
-        with torch.autocast(source.device.type, enabled=False):  # else scores are bf16, and row_scores' are fp32
+        with _full_precision(source.device.type):
             key = source.float() @ by_source
             query = source[: csr.rowptr.numel() - 1].float() @ by_target
         if rows is not None:
