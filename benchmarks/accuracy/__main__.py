@@ -33,7 +33,7 @@ _SLOW = {"ns-sage": 8.0, "lmc": 1.5, "saint-rw": 1.5, "vq-paper": 2.0}  # guess:
 
 
 def wanted(table: list[Cell], seed: int, rows: results.Rows) -> list[Run]:
-    """The runs of a seed: the trials at the first, afterwards what they chose."""
+    """The runs of a seed: the trials as long as step sizes are compared, afterwards what they chose."""
     runs = []
     for cell in table:
         if seed < SETTINGS[cell[0]].tuning_seeds:

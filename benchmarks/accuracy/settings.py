@@ -25,8 +25,8 @@ class Setting:
     """What every method of a data set shares.
 
     A mini-batch epoch makes ten steps and a full-batch epoch one, so full batch has more epochs. `guess` is seconds an
-    epoch on one core, for the estimate before anything is measured. Large sets have one step size a
-    model: no method is tuned. tuning_seeds: at how many seeds step sizes are compared.
+    epoch on one core, for the estimate before anything is measured. Large sets have one step size a model: no method is
+    tuned. tuning_seeds: at how many seeds step sizes are compared.
     """
 
     file: str
@@ -46,7 +46,7 @@ class Setting:
 MODEL_OPTIONS = {"gcn": {"residual": True}, "gat": {"norm": "layer", "residual": True}}
 # No norm: that of a batch with 14 or 6 labels does harm (cora, GCN, full batch: 78.6 with BatchNorm, 80.7 without). GAT
 # keeps the linear map: full batch validates the better for it on pubmed (79.4, without 78.6), the same on cora.
-# 120 labels and 500 nodes to validate with: one seed says little of a step size.
+# 140 and 60 labels, 500 nodes to validate with: one seed says little of a step size.
 PLANETOID = {
     "options": (("weight_decay", 5e-4), ("norm", "none")),
     "models": {"gat": {"residual": True}},

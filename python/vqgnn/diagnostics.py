@@ -109,9 +109,8 @@ def _layer_error(
     source = exact[n_id]
 
     def messages(neighbours: Neighbours) -> Tensor:
-        if not conv.store_use.inputs:
-            return conv.batch_messages(source, neighbours)[0]
-        neighbours = neighbours._replace(csr_t=batch.graph.bipartite(convolution)[1])
+        if conv.store_use.inputs:
+            neighbours = neighbours._replace(csr_t=batch.graph.bipartite(convolution)[1])
         return conv.state_messages(source, neighbours, conv.message_query(source.detach()))[0]
 
     truth = messages(Neighbours(csr, Rows("fp32", exact), csr_t))
