@@ -99,6 +99,22 @@ def test_our_rows(harness, method, monkeypatch):
     assert len(results.read_curves()[run.config, 0]) == len(curve), "of a repeated run the last course counts"
 
 
+def test_rows_of_a_gpu(harness, monkeypatch):
+    """Their accuracy counts; their memory and their course are not those of a CPU."""
+    settings, results, worker = harness
+    import render
+
+    run = settings.Run("tiny", "gcn", "full", 0, 0.01)
+    monkeypatch.setattr(results, "timed", lambda label: run)
+    row = {"train": 1, "val": 0.7, "test": 0.6, "best_epoch": 1, "peak_mb": 90, "device": "NVIDIA H100 80GB HBM3"}
+    results.append(run, row, [{"epoch": 1, "cpu_seconds": 1, "val": 0.7, "test": 0.6}])
+    table, cell = render.Table(results.read()), ("tiny", "gcn", "full")
+    assert table.values(cell) == [60] and not results.read_curves()
+    assert table.values(cell, "peak_mb", 1) == [] and table.values(cell, "peak_mb", 1, gpu=True) == [90]
+    with pytest.raises(ValueError, match="saint-rw runs on the CPU only; leave --device cuda out"):
+        worker.execute(settings.Run("tiny", "gcn", "saint-rw", 0, 0.01), device="cuda")
+
+
 def peers_of(worker):
     pytest.importorskip("torch_sparse", reason="PyG's samplers need torch_sparse, which has no wheel")
     return sys.modules["peers"]

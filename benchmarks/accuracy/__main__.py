@@ -50,21 +50,22 @@ def ablations(names: Iterable[str], seeds: int) -> list[Run]:
 
 
 def estimate(run: Run, rows: results.Rows) -> float:
-    """CPU seconds: from runs of its kind where there are any. An evaluation costs about half a training epoch."""
+    """CPU seconds: from runs of its kind on a CPU, where there are any. An evaluation costs about half an epoch."""
     kind = (run.dataset, run.model, run.method)
-    known = [float(r["seconds_epoch"]) for r in rows.values() if (r["dataset"], r["model"], r["method"]) == kind]
+    known = [r for r in rows.values() if (r["dataset"], r["model"], r["method"]) == kind and not results.on_gpu(r)]
+    known = [float(row["seconds_epoch"]) for row in known]
     guess = run.setting.guess * _SLOW.get(run.method, 1.0) * (2.5 if run.model == "gat" else 1.0)
     epochs = run.options["epochs"]
     return (epochs + epochs / run.options["eval_every"] / 2) * (statistics.median(known) if known else guess)
 
 
-def execute(run: Run, threads: int) -> tuple[dict, list[dict]]:
+def execute(run: Run, threads: int, device: str) -> tuple[dict, list[dict]]:
     """In a process of its own, forked from one that has everything imported: its memory is its own."""
     import worker
 
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=worker.in_child, args=(run, threads, sender), daemon=True)
+    process = context.Process(target=worker.in_child, args=(run, threads, device, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -77,7 +78,7 @@ def execute(run: Run, threads: int) -> tuple[dict, list[dict]]:
     return result
 
 
-def run_all(runs: list[Run], jobs: int, threads: int, end: float) -> int:
+def run_all(runs: list[Run], jobs: int, threads: int, device: str, end: float) -> int:
     """Run, `jobs` at a time, and append each row as it comes; returns how many failed."""
     lock, failed = threading.Lock(), 0
 
@@ -85,7 +86,7 @@ def run_all(runs: list[Run], jobs: int, threads: int, end: float) -> int:
         if time.monotonic() > end:
             return f"{run.name}: not started, --minutes are over"
         began = time.monotonic()
-        row, curve = execute(run, threads)
+        row, curve = execute(run, threads, device)
         with lock:
             results.append(run, row, curve)
         return f"{run.name}: val {row['val']:.4f} test {row['test']:.4f} in {time.monotonic() - began:.0f} s"
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             for run in missing:
                 print(f"  {run.name}: about {estimate(run, rows):.0f} s")
         else:
-            failed += run_all(missing, args.jobs, args.threads, end)
+            failed += run_all(missing, args.jobs, args.threads, args.device, end)
     return 1 if failed else 0
 
 
@@ -142,6 +143,7 @@ def main() -> int:
     runner.add_argument("--ablation-seeds", type=int, default=1)
     runner.add_argument("--jobs", type=int, default=2, help="runs at a time")
     runner.add_argument("--threads", type=int, default=1, help="threads a run")
+    runner.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of ours and full batch; PyG's: CPU")
     runner.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     runner.add_argument("--dry-run", action="store_true", help="only say what is missing and the estimate")
     runner.set_defaults(command=run)

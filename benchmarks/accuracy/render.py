@@ -64,11 +64,15 @@ class Table:
         """A trial that is there while another is missing."""
         return next((run for run in trials(cell) if (run.config, 0) in self.rows), None)
 
-    def values(self, cell: Cell, column: str = "test", scale: float = 100) -> list[float]:
-        return [scale * float(row[column]) for row in self.runs(cell) if row[column] != ""]
+    def values(self, cell: Cell, column: str = "test", scale: float = 100, gpu: bool = False) -> list[float]:
+        """A column of the cell's runs; peak memory is of those on the CPU, or with `gpu` of those on a GPU."""
+        runs = [row for row in self.runs(cell) if row[column] != ""]
+        if column == "peak_mb":
+            runs = [row for row in runs if results.on_gpu(row) == gpu]
+        return [scale * float(row[column]) for row in runs]
 
-    def mean(self, cell: Cell, column: str = "test", scale: float = 100) -> float | None:
-        values = self.values(cell, column, scale)
+    def mean(self, cell: Cell, column: str = "test", scale: float = 100, gpu: bool = False) -> float | None:
+        values = self.values(cell, column, scale, gpu)
         return statistics.mean(values) if values else None
 
     def text(self, cell: Cell) -> str:
@@ -201,6 +205,19 @@ def state_table(table: Table) -> str:
         rows.append([dataset, f"{state / 1e6:.2f}", f"{dense / 1e6:.2f}", f"1/{dense / state:.1f}", *peaks])
     head = ["GCN", "state of ours, MB", "fp32 histories, MB", "ours to GAS", "peak MB: full", "ours", "GAS"]
     return markdown([*head, "Cluster-GCN", "GraphSAINT"], rows)
+
+
+def gpu_memory_table(table: Table) -> str:
+    """Where ours and full batch both have a run on a GPU."""
+    methods = ("full", OURS, "vq-projected", "gas", "lmc")
+    rows = []
+    for dataset, model in ((dataset, model) for dataset in SETTINGS for model in MODELS):
+        peaks = [table.mean((dataset, model, m), "peak_mb", 1, gpu=True) for m in methods]
+        if peaks[0] is not None and peaks[1] is not None:
+            share = f"{peaks[1] / peaks[0]:.2f}"
+            rows.append([f"{dataset}, {model.upper()}", share, *("-" if p is None else f"{p:.0f}" for p in peaks)])
+    head = ["peak GPU memory above the data, MB", "ours / full"]
+    return markdown([*head, *(METHODS[m].label for m in methods)], rows) if rows else ""
 
 
 def stability_table(table: Table) -> str:
@@ -512,6 +529,7 @@ def page(table: Table, rows: results.Rows, curves: dict) -> str:
     parts += ["### Reference points", cheap_table(table)]
     parts += ["## Ours against full batch", against_full(table), "## Ours against its peers", against_peers(table)]
     parts += ["## Memory", state_table(table), f"![accuracy against memory]({image}/accuracy-memory.png)"]
+    parts.append(gpu_memory_table(table))
     parts += ["## Time to accuracy", timed_table(rows, curves), f"![accuracy against time]({image}/accuracy-time.png)"]
     parts += ["## Stability", "Standard deviation of test accuracy over the last 20 % of the epochs, in points.",
               stability_table(table)]  # fmt: skip

@@ -42,13 +42,18 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
+def on_gpu(row: dict) -> bool:
+    """Its accuracies count as any row's; its seconds and its memory are another machine's."""
+    return not row["device"].endswith("threads")
+
+
 def append(run: Run, row: dict, curve: list[dict]) -> None:
     """Add a finished run; its course too, if it is one of those that are timed."""
     about = {"dataset": run.dataset, "model": run.model, "method": run.method, "seed": run.seed, "config": run.config}
     about["lr"], about["epochs"] = f"{run.lr:g}", run.options["epochs"]
     about["changes"] = ";".join(f"{key}={value}" for key, value in run.changes)
     _append(ROWS, COLUMNS, [about | row])
-    if (run.config, run.seed) in {(timed(label).config, 0) for label in TIMED}:
+    if (run.config, run.seed) in {(timed(label).config, 0) for label in TIMED} and not on_gpu(row):
         _append(CURVES, CURVE_COLUMNS, [{"config": run.config, "seed": 0, **point} for point in curve])
 
 

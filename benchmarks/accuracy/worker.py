@@ -48,7 +48,7 @@ def dataset_file(run: Run) -> Path:
     return path
 
 
-def config_of(run: Run, threads: int) -> Config:
+def config_of(run: Run, threads: int, device: str = "cpu") -> Config:
     """A run as `vqgnn train` would be told it."""
     options = {"optimizer": "adam", "norm": "batch", "residual": False}  # whatever `vqgnn train` has by default
     options |= {key: value for key, value in run.options.items() if key in {f.name for f in fields(Config)}}
@@ -56,21 +56,25 @@ def config_of(run: Run, threads: int) -> Config:
     if "batches" in run.options:
         with np.load(path) as arrays:
             options["batch_size"] = math.ceil(arrays["y"].shape[0] / run.options["batches"])
-    return Config(dataset=str(path), threads=threads, **options)
+    return Config(dataset=str(path), threads=threads, device=device, **options)
 
 
-def execute(run: Run, threads: int = 1) -> tuple[dict, list[dict]]:
+def execute(run: Run, threads: int = 1, device: str = "cpu") -> tuple[dict, list[dict]]:
     """(row, course) of a run; one that was interrupted goes on from its last epoch where it is ours."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    config = config_of(run, threads)
+    if device == "cuda" and not run.what.trainer:
+        raise ValueError(f"{run.method} runs on the CPU only; leave --device cuda out or name other --methods")
+    config = config_of(run, threads, device)
     dataset = datasets.of_config(config)
     if not run.what.trainer:
         with no_denormals():  # as in the trainer
             metrics, costs = PEERS[run.method](config, dataset, run.options.get("batches", BATCHES))
     else:
         metrics, costs = _train(run, config, dataset)
-    return _row(metrics, dataset.metric if config.metric == "auto" else config.metric) | costs, _course(metrics)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} x {torch.get_num_threads()} threads"
+    row = _row(metrics, dataset.metric if config.metric == "auto" else config.metric)
+    return row | costs | {"device": name}, _course(metrics)
 
 
 def _train(run: Run, config: Config, dataset: datasets.Dataset) -> tuple[list[dict], dict]:
@@ -106,7 +110,6 @@ def _row(metrics: list[dict], metric: str) -> dict:
         "seconds_epoch": round(statistics.median(epoch["seconds"] for epoch in metrics), 4),
         "cpu_seconds_epoch": round(statistics.median(epoch["cpu_seconds"] for epoch in metrics), 4),
         "cpu_seconds_best": round(sum(e["cpu_seconds"] for e in metrics if e["epoch"] <= best["epoch"]), 3),
-        "device": f"{cpu_name()} x {torch.get_num_threads()} threads",
     }
 
 
@@ -122,10 +125,10 @@ def _course(metrics: list[dict]) -> list[dict]:
     return points
 
 
-def in_child(run: Run, threads: int, pipe) -> None:
+def in_child(run: Run, threads: int, device: str, pipe) -> None:
     """For a process of the pool: the result, or the error in a line."""
     try:
-        pipe.send(execute(run, threads))
+        pipe.send(execute(run, threads, device))
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise

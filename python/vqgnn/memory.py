@@ -1,4 +1,5 @@
-"""Memory of this process and of its machine, from the kernel's own counters; None where there is no /proc."""
+"""Memory of this process and of its machine: of RAM from the kernel's own counters, None where there is no /proc; of a
+GPU what torch has allocated."""
 
 from __future__ import annotations
 
@@ -12,18 +13,21 @@ _STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_re
 _CGROUP, _IO = Path("/sys/fs/cgroup"), Path("/proc/self/io")
 
 
-def resident() -> int | None:
-    """Bytes in RAM now."""
-    return _field("VmRSS")
+def resident(device: torch.device | None = None) -> int | None:
+    """Bytes in RAM now, or on the GPU `device`."""
+    return _cuda().memory_allocated(device) if _is_gpu(device) else _field("VmRSS")
 
 
-def peak() -> int | None:
-    """Most bytes in RAM since `reset_peak` (or the start)."""
-    return _field("VmHWM")
+def peak(device: torch.device | None = None) -> int | None:
+    """Most bytes in RAM, or on the GPU `device`, since `reset_peak` (or the start)."""
+    return _cuda().max_memory_allocated(device) if _is_gpu(device) else _field("VmHWM")
 
 
-def reset_peak() -> None:
-    """Let `peak` start from what is in RAM now; without the right to do so it goes on from the start."""
+def reset_peak(device: torch.device | None = None) -> None:
+    """Let `peak` start from what is there now; RAM, without the right to do so, goes on from the start."""
+    if _is_gpu(device):
+        _cuda().reset_peak_memory_stats(device)
+        return
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -41,10 +45,8 @@ def disk_traffic() -> tuple[int, int] | None:
 
 def available(device: torch.device) -> int | None:
     """Bytes that new tensors on this device may take: the GPU's free ones, or RAM within the container's limit."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
+    if _is_gpu(device):
+        return _cuda().mem_get_info(device)[0]
     free = _field("MemAvailable", _MEMINFO)
     try:
         limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -63,6 +65,16 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def _is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def _cuda():
+    import torch  # late: importing it takes a while, and RAM needs none of it
+
+    return torch.cuda
 
 
 def _field(name: str, path: Path = _STATUS) -> int | None:

@@ -72,7 +72,8 @@ def table(summary: dict[str, Any]) -> str:
     if "memory_peak" in summary:
         above = {key: size(summary[f"memory_{key}"]) for key in ("setup", "training", "evaluation")}
         parts = ", ".join(f"{key} {value}" for key, value in above.items())
-        rows.append(("peak memory", f"{size(summary['memory_peak'])}; above the data: {parts}"))
+        where = " of the GPU" if summary.get("memory_device") == "cuda" else ""
+        rows.append((f"peak memory{where}", f"{size(summary['memory_peak'])}; above the data: {parts}"))
     if "seconds_by_phase" in summary:
         rows.append(("time by phase", ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds_by_phase"].items())))
     if summary.get("disk_traffic"):

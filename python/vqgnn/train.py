@@ -191,13 +191,13 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.memory_loading = memory.peak()
-        memory.reset_peak()
-        self.base_memory = memory.resident()  # what the data and the libraries take
         self.device = pick_device(config.device)
         start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
         self.phases: dict[str, float] = {}  # seconds, for a graph on disk
         self.config, self.dataset = config, dataset
         self.data = dataset.data.to(self._graph_device())
+        memory.reset_peak(self.device)
+        self.base_memory = memory.resident(self.device)  # what the data, and in RAM the libraries, take
         self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)
         self.task = TASKS[config.task](config, dataset)
         torch.manual_seed(config.seed)
@@ -489,6 +489,7 @@ class Trainer:
             above = max(self.memory_setup, *peaks.values())
             summary |= {"memory_setup": self.memory_setup, **peaks}
             summary |= {"memory_above_data": above, "memory_peak": self.base_memory + above}
+            summary["memory_device"] = self.device.type
         if self.phases:
             evaluation = sorted(epoch["eval_seconds"] for epoch in metrics if "eval_seconds" in epoch)
             middle = evaluation[len(evaluation) // 2]
@@ -502,8 +503,8 @@ class Trainer:
         """Most bytes above those of the data since this was last asked."""
         if self.base_memory is None:
             return None
-        above = max(0, memory.peak() - self.base_memory)
-        memory.reset_peak()
+        above = max(0, memory.peak(self.device) - self.base_memory)
+        memory.reset_peak(self.device)
         return above
 
     def _warnings(self, updates: dict[str, int | None], after: dict[str, dict]) -> list[str]:
