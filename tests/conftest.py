@@ -11,6 +11,20 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the tensors under test")
 
 
+def pytest_configure(config):
+    """Without --device cuda no test sees a GPU: a device that is chosen automatically is then the CPU everywhere."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --device cuda only the tests that compute on it: the others are the CPU's."""
+    if config.getoption("--device") == "cuda":
+        chosen = [item for item in items if "device" in item.fixturenames or item.path.parent.name == "triton"]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def device(request):
     name = request.config.getoption("--device")

@@ -56,14 +56,25 @@ def comparable(metrics):
 
 @pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb", "mlp"])
 @pytest.mark.parametrize("method", ["vq", "gas", "lmc", "drop", "full"])
-def test_every_model_and_method(model, method):
+def test_every_model_and_method(model, method, device):
     if model == "mlp" and method != "vq":
         pytest.skip("an MLP has no method")
-    trainer = make(model=model, method=method, codec=None if method != "vq" else SMALL["codec"])
+    codec = None if method != "vq" else SMALL["codec"]
+    trainer = make(model=model, method=method, codec=codec, device=device.type)
     metrics = trainer.train_epoch() | trainer.evaluate()
     assert metrics["loss"] > 0 and 0 <= metrics["test_acc"] <= 1
     assert ("staleness" in metrics) == (method in ("vq", "gas", "lmc") and model != "mlp")
     assert ("perplexity" in metrics) == (method == "vq" and model != "mlp")
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage", "gin", "gat", "gatv2", "transformer", "hybrid", "cheb"])
+def test_exact_inference_is_the_cpus(model, device):
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    trainer, other = make(model=model, device="cuda"), make(model=model, device="cpu")
+    trainer.train_epoch()
+    other.averaged.load_state_dict(trainer.averaged.state_dict())
+    torch.testing.assert_close(trainer.predict().cpu(), other.predict(), rtol=1e-3, atol=1e-4)
 
 
 def test_attention_options():
@@ -394,6 +405,17 @@ def test_loss_that_is_no_number_stops():
 def test_stale_inference_needs_a_store():
     with pytest.raises(InputError, match="'drop' keeps none"):
         make(method="drop", codec=None).predict("stale")
+
+
+def test_memory_of_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    memory.reset_peak(device)
+    before = memory.resident(device)
+    block = torch.empty(2**24, dtype=torch.uint8, device=device)
+    assert memory.resident(device) - before == block.nbytes
+    del block
+    assert memory.resident(device) == before and memory.peak(device) - before == 2**24
 
 
 def test_memory_counters():

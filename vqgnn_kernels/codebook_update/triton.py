@@ -165,6 +165,9 @@ def codebook_update_kernel(
             b_count = tl.where(m_dead, revive_below, b_count)
             m_write = m_write | m_x
             b_revived += m_dead.to(tl.int64)
+        # The compiler may load a count once for each layout that it is needed in, by different warps: without the
+        # barrier one of them could read what another has written, and a count would decay twice.
+        tl.debug_barrier()
         tl.store(p_ema_counts + slot, b_count, mask=m_k)
         tl.store(p_ema_sums + place, b_sum, mask=m_c)
         tl.store(p_codebook + place, b_c, mask=m_write)
