@@ -107,7 +107,7 @@ def test_a_gpu_trains_on_a_graph_in_ram(name, method, place, data, tmp_path, dev
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
     results = []
-    for source, where in ((data.to(device), "device"), (data.cpu(), place)):
+    for source, where in ((copy.copy(data).to(device), "device"), (data, place)):
         torch.manual_seed(0)
         model = build(name, source).to(device)
         vqgnn.convert(model, source, method, place=where, folder=tmp_path)

@@ -60,10 +60,13 @@ def estimate(run: Run, rows: results.Rows) -> float:
 
 
 def execute(run: Run, threads: int, device: str) -> tuple[dict, list[dict]]:
-    """In a process of its own, forked from one that has everything imported: its memory is its own."""
+    """In a process of its own, forked from one that has everything imported: its memory is its own.
+
+    With CUDA a new one: a fork cannot use it where the server has looked for a device.
+    """
     import worker
 
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=worker.in_child, args=(run, threads, device, sender), daemon=True)
     process.start()

@@ -45,9 +45,11 @@ class _Move:
     """Moves the tensors of one batch to a GPU, beside what is computed there."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream):
-        self.device, self.stream, self.copies = device, stream, []
+        self.device, self.stream, self.copies, self.arrived = device, stream, [], False
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if self.arrived:  # only the model's run showed that it is needed: in order with what is computed
+            return tensor.to(self.device)
         with torch.cuda.stream(self.stream):
             self.copies.append(tensor.pin_memory().to(self.device, non_blocking=True))
             self.last = self.stream.record_event()
@@ -55,6 +57,7 @@ class _Move:
 
     def wait(self) -> None:
         """Let the current stream wait for the copies, and the allocator know that it uses them."""
+        self.arrived = True
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.last)
         for copy in self.copies:

@@ -195,7 +195,9 @@ class Trainer:
         start, mapped = time.perf_counter(), isinstance(dataset.data, MappedData)
         self.phases: dict[str, float] = {}  # seconds, for a graph on disk
         self.config, self.dataset = config, dataset
-        self.data = dataset.data.to(self._graph_device())
+        where = self._graph_device()
+        # a copy: PyG moves a Data in place, and the caller's stays in RAM
+        self.data = dataset.data if where.type == "cpu" else copy.copy(dataset.data).to(where)
         memory.reset_peak(self.device)
         self.base_memory = memory.resident(self.device)  # what the data, and in RAM the libraries, take
         self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)

@@ -34,7 +34,8 @@ def quantise(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     low = x.amin(1, keepdim=True) + 0.0 if x.shape[1] else x.new_zeros(x.shape[0], 1)  # + 0.0 turns -0 into 0
     high = x.amax(1, keepdim=True) if x.shape[1] else low
     offset = round_bf16(low, up=False)
-    scale = round_bf16((high - offset) / levels, up=True)
+    # by a tensor: CUDA would multiply by the reciprocal of a number, which is rounded otherwise
+    scale = round_bf16((high - offset) / torch.full_like(high, levels), up=True)
     q = torch.where(scale > 0, (x - offset) / scale, 0.0)
     q = q.nan_to_num(0.0, levels, 0.0).round().clamp(0, levels)
     return q.to(torch.uint8), torch.cat([scale, offset], 1).to(torch.bfloat16)
