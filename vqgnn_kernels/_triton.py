@@ -1,4 +1,8 @@
-"""How every Triton kernel is launched: its tile, its device, and optional autotuning."""
+"""How every Triton kernel is launched: its tile, its device, and optional autotuning.
+
+Triton compiles a kernel anew for integers that are 1 or divisible by 16. Sizes that change from batch to batch are
+named in the kernels' do_not_specialize, so that an epoch does not compile.
+"""
 
 import json
 import os

@@ -39,7 +39,7 @@ def aggregate(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "num_rows", "num_edges", "num_halo", "num_table"])
 def aggregate_fwd_kernel(
     p_x, p_rowptr, p_col, p_weight, p_halo, p_out, p_chunk_out, p_data, p_scale, p_codebook, b, f, num_rows, num_edges,
     num_halo, num_table, width, K, threshold, p_seed, kept_scale, D: tl.constexpr, CODEC: tl.constexpr,

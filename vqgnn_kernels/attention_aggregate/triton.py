@@ -280,7 +280,7 @@ def _softmax_step(top, total, acc, score, kept, value):
     return new_top, total * shrink + tl.sum(p, 0), acc * shrink + tl.sum((p * kept)[:, None] * value, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "num_rows", "num_edges", "num_halo", "num_table"])
 def attention_aggregate_fwd_kernel(
     p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
     p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed, kept_scale,
@@ -345,7 +345,7 @@ def attention_aggregate_fwd_kernel(
     tl.store(p_out + position * F + feature, out.to(p_out.dtype.element_ty), mask=m_feature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "num_rows", "num_edges", "num_halo", "num_table"])
 def attention_aggregate_bwd_rows_kernel(
     p_grad, p_delta, p_lse, p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook,
     num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed,
@@ -459,7 +459,7 @@ def attention_aggregate_bwd_rows_kernel(
             tl.store(p_matrix, grad_matrix * attention[None, :], mask=m_matrix)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "num_rows", "num_edges", "num_halo", "num_table"])
 def attention_aggregate_bwd_columns_kernel(
     p_grad, p_delta, p_lse, b, p_x, p_stats, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale,
     p_codebook, num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold,

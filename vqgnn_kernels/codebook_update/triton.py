@@ -8,8 +8,6 @@ from torch import Tensor
 from .. import _triton
 from .._types import contiguous
 
-# Batches and seeds vary: do_not_specialize keeps their values from compiling a kernel again.
-
 
 @triton.jit
 def load_whitened(p_v, p_mean, p_rstd, rows, columns, stride_row, stride_column, mask):

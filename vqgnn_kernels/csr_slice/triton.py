@@ -97,7 +97,7 @@ def _gather(rowptr_b, shift, source, out, labels=None, bad=None) -> None:
     _triton.launch(csr_slice_gather_kernel, _programs(num_edges), arguments, pure=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_edges", "num_nodes", "num_steps"])
 def csr_slice_gather_kernel(
     p_rowptr_b, p_shift, p_source, p_out, p_labels, p_bad, num_rows, num_edges, num_nodes, num_steps,
     BLOCK_E: tl.constexpr,
@@ -126,7 +126,7 @@ def csr_slice_gather_kernel(
         tl.atomic_min(p_labels + b_column, b_position, mask=m_earlier, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edges", "num_nodes"])
 def csr_slice_first_kernel(p_col, p_labels, p_is_first, num_edges, num_nodes, BLOCK_E: tl.constexpr):
     """Flag the edges at which a halo node appears first."""
     b_edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -137,7 +137,7 @@ def csr_slice_first_kernel(p_col, p_labels, p_is_first, num_edges, num_nodes, BL
     tl.store(p_is_first + b_edge, (b_label == b_edge).to(tl.uint8), mask=m_edge)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_edges", "num_nodes"])
 def csr_slice_relabel_kernel(
     p_col, p_labels, p_rank, p_halo, num_rows, num_edges, num_nodes, BLOCK_E: tl.constexpr
 ):  # fmt: skip

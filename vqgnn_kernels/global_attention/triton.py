@@ -44,7 +44,7 @@ def load_counts(p_counts, o_k, K):
     return tl.where(m_k, tl.log2(tl.where(m_k, b_count, 1.0)), float("-inf")), m_k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def global_attention_fwd_kernel(
     p_query, p_keys, p_values, p_counts, p_out, p_lse, b, H, K, scale,
     F: tl.constexpr, V: tl.constexpr, PAD_F: tl.constexpr, PAD_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,7 +78,7 @@ def global_attention_fwd_kernel(
     tl.store(p_lse + o_b.to(tl.int64) * H + h, b_lse, mask=m_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def global_attention_bwd_query_kernel(
     p_query, p_keys, p_values, p_counts, p_out, p_lse, p_grad_out, p_mean, p_grad_query, b, H, K, scale,
     F: tl.constexpr, V: tl.constexpr, PAD_F: tl.constexpr, PAD_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -107,7 +107,7 @@ def global_attention_bwd_query_kernel(
     store_rows(p_grad_query + h * F, b_grad * scale, o_b, m_b, H * F, F, PAD_F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def global_attention_bwd_codewords_kernel(
     p_query, p_keys, p_values, p_counts, p_lse, p_grad_out, p_mean, p_grad_keys, p_grad_values, b, H, K, scale,
     F: tl.constexpr, V: tl.constexpr, PAD_F: tl.constexpr, PAD_V: tl.constexpr, PRECISION: tl.constexpr,

@@ -59,7 +59,7 @@ def check_reachable(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "k"])
 def push_cast_kernel(p_data, p_n_id, p_x, num_rows, k, f, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     """data[n_id] = x, cast to the table's type."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -72,7 +72,7 @@ def push_cast_kernel(p_data, p_n_id, p_x, num_rows, k, f, BLOCK_R: tl.constexpr,
         tl.store(p_data + b_id[:, None] * f + col[None, :], b_x.to(p_data.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "k"])
 def push_quantise_kernel(
     p_data, p_scale, p_n_id, p_x, num_rows, k, f, width,
     LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -116,7 +116,7 @@ def push_quantise_kernel(
             tl.store(p_data + b_id[:, None] * width + col[None, :], b_q, mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_table", "k"])
 def pull_rows_kernel(
     p_out, p_n_id, k, f, p_data, p_scale, p_codebook, num_table, width, K,
     D: tl.constexpr, CODEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
