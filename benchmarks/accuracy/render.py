@@ -21,6 +21,7 @@ from settings import (
     SETTINGS,
     TIMED,
     TIMED_DATASET,
+    TIMED_GOALS,
     TIMED_MODEL,
     TIMED_SHARE,
     Cell,
@@ -236,30 +237,31 @@ def time_to(curve: list[dict[str, float]], goal: float) -> tuple[float, float] |
     return next(((p["cpu_seconds"], p["epoch"]) for p in curve if p["val"] >= goal), None)
 
 
+def goals(rows: results.Rows) -> dict[str, float]:
+    """Validation accuracy that is to be reached, by the run of full batch whose share it is."""
+    runs = {label: rows.get((timed(label).config, 0)) for label in TIMED_GOALS}
+    return {label: TIMED_SHARE * float(row["val"]) for label, row in runs.items() if row is not None}
+
+
 def timed_table(rows: results.Rows, curves: dict) -> str:
-    full = rows.get((timed("full batch").config, 0))
-    if full is None:
-        return "Not run yet."
-    goal, lines = TIMED_SHARE * float(full["val"]), []
+    wanted, lines = goals(rows), []
     for label in TIMED:
         run = timed(label)
         row, curve = rows.get((run.config, 0)), curves.get((run.config, 0), [])
         if row is None or not curve:
             continue
-        reached = time_to(curve, goal)
-        when = "not reached" if reached is None else f"{reached[0]:.0f}"
-        epochs = "" if reached is None else f"{reached[1]:.0f}"
-        lines.append([
-            label, when, epochs, f"{float(row['cpu_seconds_epoch']):.2f}", f"{100 * float(row['val']):.2f}",
-            f"{100 * float(row['test']):.2f}",
-        ])  # fmt: skip
-    head = [
-        f"{TIMED_DATASET}, {TIMED_MODEL.upper()}",
-        f"CPU s to {100 * goal:.2f} % validation",
-        "epochs",
-        "CPU s an epoch",
-    ]
-    return markdown([*head, "best validation", "its test"], lines)
+        reached = [time_to(curve, goal) for goal in wanted.values()]
+        best = (f"{100 * float(row[split]):.2f}" for split in ("val", "test"))
+        times = ("not reached" if at is None else f"{at[0]:.0f} ({at[1]:.0f})" for at in reached)
+        lines.append([label, *times, f"{float(row['cpu_seconds_epoch']):.2f}", *best])
+    head = [f"CPU s (epochs) to {100 * goal:.2f}" for goal in wanted.values()]
+    if not lines:
+        return "Not run yet."
+    table = markdown(
+        [f"{TIMED_DATASET}, {TIMED_MODEL.upper()}", *head, "CPU s an epoch", "best validation", "its test"], lines
+    )
+    what = " and ".join(f"{100 * goal:.2f} % is that of {label}" for label, goal in wanted.items())
+    return f"Validation accuracy: {what}, times {TIMED_SHARE}.\n\n{table}"
 
 
 def ablation_table(rows: results.Rows, name: str) -> str:
@@ -422,25 +424,26 @@ def _stable(table: Table) -> list[str] | None:
 
 
 def _fast(rows: results.Rows, curves: dict) -> list[str] | None:
-    times = {label: _reached(rows, curves, label) for label in TIMED}
-    ours = [seconds for label, seconds in times.items() if seconds is not None and label.startswith("ours")]
-    others = {label: t for label, t in times.items() if t is not None and not label.startswith("ours")}
-    if not ours or not others:
+    """Against both goals: a short full batch's, and a converged one's."""
+    texts, met = [], True
+    for goal_of, goal in goals(rows).items():
+        reached = {label: time_to(curves.get((timed(label).config, 0), []), goal) for label in TIMED}
+        times = {label: at[0] for label, at in reached.items() if at is not None}
+        ours = {label: seconds for label, seconds in times.items() if label.startswith("ours")}
+        others = {label: seconds for label, seconds in times.items() if label not in ours}
+        if not others:
+            continue
+        best, fastest = (min(found.items(), key=lambda pair: pair[1], default=None) for found in (ours, others))
+        met &= best is not None and best[1] < fastest[1]
+        mine = "ours not reached" if best is None else f"ours {best[1]:.0f} s ({best[0].removeprefix('ours: ')})"
+        texts.append(f"{goal_of}'s: {mine}, {fastest[0]} {fastest[1]:.0f} s")
+    if not texts:
         return None
     return [
         "CPU time to 99 % of full batch's best validation accuracy below full batch's and GraphSAINT-RW's",
-        f"ours {min(ours):.0f} s; " + ", ".join(f"{label} {seconds:.0f} s" for label, seconds in others.items()),
-        _verdict(min(ours) < min(others.values())),
+        "; ".join(texts),
+        _verdict(met),
     ]
-
-
-def _reached(rows: results.Rows, curves: dict, label: str) -> float | None:
-    full = rows.get((timed("full batch").config, 0))
-    curve = curves.get((timed(label).config, 0))
-    if full is None or curve is None:
-        return None
-    found = time_to(curve, TIMED_SHARE * float(full["val"]))
-    return None if found is None else found[0]
 
 
 def _ablated(rows: results.Rows) -> list[str]:
