@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -522,10 +523,18 @@ LESSONS = {
 }
 
 
+def devices(rows: results.Rows) -> str:
+    counts = Counter(row["device"] for row in rows.values() if results.on_gpu(row))
+    if not counts:
+        return ""
+    found = " and ".join(f"{count} runs on an {name}" for name, count in counts.items())
+    return f"{found} (`--device cuda`) are in the tables of accuracy; times and peak memory are of CPUs where not said."
+
+
 def page(table: Table, rows: results.Rows, curves: dict) -> str:
     """docs/results.md."""
     image = "../benchmarks/results/plots"
-    parts = [INTRO, "## Targets", targets(table, rows, curves), "## Every method"]
+    parts = [INTRO, devices(rows), "## Targets", targets(table, rows, curves), "## Every method"]
     for model in MODELS:
         if cells_of(table) and any(cell[1] == model for cell in cells_of(table)):
             parts += [f"### {model.upper()}", main_table(table, model)]

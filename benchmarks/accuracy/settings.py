@@ -120,6 +120,8 @@ METHODS = {
         step_sizes=(0.003,),
         lacks=("coauthor-physics",),  # codes of 8,415 features a node: 2,104 codebooks
     ),
+    # what codes cost: the same with rows as they are
+    "lmc-node": _ours("fp32 rows and gradients, random nodes", "lmc", optimizer="auto", models=("gcn", "sage")),
     "drop": _ours("no halo, exact input layer, random nodes", "drop"),
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
