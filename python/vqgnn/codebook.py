@@ -9,7 +9,6 @@ import vqgnn_kernels as kernels
 
 _LLOYD_STEPS = 5  # k-means steps on the first batch
 _SEEDS_A_CODE = 4  # rows of it that k-means++ chooses from, a code
-_GRADIENT_WEIGHT = 1.0
 _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
 
 
@@ -168,16 +167,9 @@ class Codebook(nn.Module):
         self.mean.mul_(beta).add_((1 - beta) * mean)
         self.var.mul_(beta).add_((1 - beta) * var)
 
-    def _std(self) -> Tensor:
-        """What a channel is divided by before the search: its deviation, a gradient's larger by its smaller weight."""
-        std = self.var.sqrt()
-        if self.grad:
-            std.view(self.num_branches, self.width)[:, self.branch_dim :] /= _GRADIENT_WEIGHT
-        return std
-
     def _rstd(self) -> Tensor:
-        """1 / `_std`; 0 for a constant channel, which then decodes to its mean."""
-        return torch.where(self.var > 1e-30, 1 / self._std(), torch.zeros_like(self.var))
+        """1 / standard deviation; 0 for a constant channel, which then decodes to its mean."""
+        return torch.where(self.var > 1e-30, self.var.rsqrt(), torch.zeros_like(self.var))
 
     def _initialise(self, v: Tensor, rstd: Tensor) -> None:
         """k-means++ on rows drawn from the batch, then a few k-means steps on all of it."""
@@ -234,7 +226,7 @@ class Codebook(nn.Module):
         c = self.codewords
         spread = b * (var + (mean - self.mean).square())
         gain = (counts[..., None] * c * c - 2 * c * sums).sum(1)
-        error = spread.view(-1, self.width) + self._std().square().view(-1, self.width) * gain
+        error = spread.view(-1, self.width) + self.var.view(-1, self.width) * gain
         square = (b * (var + mean.square())).view(-1, self.width)
         d = self.branch_dim
         for i, part in enumerate((slice(0, d), slice(d, None))[: 1 + has_grad]):
@@ -242,7 +234,7 @@ class Codebook(nn.Module):
             self.square_error[i, 1] = square[:, part].sum()
 
     def _decode(self) -> None:
-        std = self._std().view(self.num_branches, 1, self.width)
+        std = self.var.sqrt().view(self.num_branches, 1, self.width)
         values = self.codewords * std + self.mean.view_as(std)
         self.x_values.copy_(values[..., : self.branch_dim])
         if self.grad:
