@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch_geometric.data import Data
 from torch_geometric.loader import ClusterData, ClusterLoader, GraphSAINTRandomWalkSampler, NeighborLoader
 from torch_geometric.nn import GraphConv, models
@@ -56,7 +55,7 @@ class Peer:
         self.task = NodeTask(config, dataset)
         torch.manual_seed(config.seed)
         self.model = self.build()
-        self.averaged = AveragedModel(self.model, multi_avg_fn=moving_average(config.average), use_buffers=True)
+        self.averaged = moving_average(self.model, config.average)
         self.graph = self.whole()
 
     def build(self) -> nn.Module:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -133,23 +133,23 @@ def _inductive(data: Data) -> tuple[Data, Data]:
     return data.subgraph(data.train_mask), data if separate else data.subgraph(~data.test_mask)
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
-    """EMA of weights for AveragedModel; its decay rises to `decay`, so that the first weights do not linger.
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """EMA of a model's weights and buffers; its decay rises to `decay`, so that the first weights do not linger.
 
     After t steps about the last t / 9 count: full batch makes one step an epoch and would else trail for hundreds.
     """
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        t = int(num_averaged)
+    def update(averages: list[Tensor], current: list[Tensor], _: Tensor) -> None:  # of one device and dtype
+        t = int(mean.n_averaged)  # on the host; the argument is a copy where the weights are: to read it stalls a GPU
         share = 1 - min(decay, (1 + t) / (10 + t))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, share)
-            else:
-                mean.copy_(value)
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, share)
+        else:
+            torch._foreach_copy_(averages, current)
 
-    return update
+    mean = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return mean
 
 
 def learning_rate_factor(config: Config, step: int, batches: int) -> float:
@@ -207,7 +207,7 @@ class Trainer:
         if config.learned:
             model = Embedded(model, self.data.x)
         self.model = self.task.with_head(model).to(self.device)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=moving_average(config.average), use_buffers=True)
+        self.averaged = moving_average(self.model, config.average)
         try:
             self.loader = self.task.loader(config, self.train_data, self.device)
             if config.model != "mlp":
