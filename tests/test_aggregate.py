@@ -181,6 +181,27 @@ def test_gradient_is_equation_7():
     torch.testing.assert_close(x_b.grad, matrix[:b, :b].T @ grad_out + matrix[b:, :b].T @ stored_g[b:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 2])
+def test_gradients_in_a_basis(d, dtype):
+    """Coordinates in a basis are rows of gradients: as if these were stored."""
+    n, f, r = 120, 24, 6
+    csr = random_csr(75, 40, 90, table_rows=n, num_edges=600)
+    csr_t = random_csr(40, 75, 50, table_rows=n, num_edges=500)
+    rows, coordinates, basis = random_rows("pq8", n, f), random_rows("pq8", n, r, d=d), torch.randn(f, r)
+    stored = Rows("fp32", store.pull_rows(coordinates, None, r) @ basis.T)
+    x, grad_out = torch.randn(40, f).to(dtype), torch.randn(75, f).to(dtype)
+    grads = []
+    for grad_rows, options in ((coordinates, {"grad_basis": basis}), (stored, {})):
+        leaf = x.clone().requires_grad_()
+        out = aggregate(leaf, csr, rows, csr_t, grad_rows, **options)
+        out.backward(grad_out)
+        grads.append(leaf.grad)
+    assert grads[0].dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(grads[0], grads[1], atol=tolerance, rtol=tolerance)
+
+
 def test_second_derivative_sees_the_matrix_alone():
     csr, csr_t = random_csr(9, 9, 0), random_csr(9, 9, 0)
     x = torch.randn(9, 4, requires_grad=True)
@@ -238,18 +259,19 @@ def test_opcheck(codec):
     rows = random_rows(codec, 30, 12)
     csr, csr_t = random_csr(20, 10, 30), random_csr(10, 20, 30)
     x = torch.randn(10, 12, requires_grad=True)
-    for dropout in ((0.0, None), (0.3, torch.tensor(5))):
-        torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, rows), *dropout))
+    for rest in ((None, 0.0, None), (None, 0.3, torch.tensor(5)), (torch.randn(12, 12), 0.0, None)):
+        if rows is not None or rest[0] is None:
+            torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, rows), *rest))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend):
-    rows, grad_rows = random_rows("pq8", 30, 12), random_rows("fp16", 30, 12)
+    rows, grad_rows, basis = random_rows("pq8", 30, 12), random_rows("fp16", 30, 5), torch.randn(12, 5)
     csr, csr_t = random_csr(20, 10, 30), random_csr(10, 20, 30)
     weight = torch.randn(12, 12)
 
     def layer(x, csr, rows, csr_t, grad_rows):
-        return aggregate(x @ weight, csr, rows, csr_t, grad_rows).relu()
+        return aggregate(x @ weight, csr, rows, csr_t, grad_rows, grad_basis=basis).relu()
 
     x = torch.randn(10, 12)
     results = []
@@ -315,6 +337,7 @@ BAD = {
     "csr_t is None": lambda a: a["x"].requires_grad_(),
     "csr_t has 7 rows": lambda a: a.update(csr_t=random_csr(7, 20, 0)),
     "grad_rows was given": lambda a: a.update(grad_rows=a["rows"]),
+    "grad_basis was given": lambda a: a.update(csr_t=random_csr(10, 20, 0), grad_basis=torch.eye(8)),
 }
 
 

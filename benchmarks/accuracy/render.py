@@ -486,6 +486,7 @@ LESSONS = {
     "codewords K": (
         "No difference, as in the paper: quantisation is not the limit (why.md). 4096 are more than a batch has nodes."
     ),
+    "gradient coordinates a branch e": "",
     "channels a branch d": "No difference: 16 bytes a node (d = 8) are as good as 64 (d = 2), for half the time.",
     "batches an epoch": (
         "Ten or twenty batches; fewer make fewer steps, and what fresher messages gain is less than that."

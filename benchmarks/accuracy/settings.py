@@ -15,6 +15,7 @@ EVALUATIONS = 40  # at most, in a run
 HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated weights
 # What is kept of nodes, and how it is read: rows of runs that did otherwise do not count.
 STATES = {"gat": "inputs before dropout, dropped afresh", "": "before dropout, dropped afresh"}
+GRADIENTS = "coordinates in a basis"  # what codes say of gradients, where a codec does not
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of ours, "auto" below: by validation at seed 0
@@ -114,7 +115,7 @@ METHODS = {
     # in mini-batches with the codes of training
     "vq-paper": replace(
         _ours(
-            "VQ-GNN as published", "vq", codec=CODEC, optimizer="rmsprop", schedule="constant",
+            "VQ-GNN as published", "vq", codec=f"{CODEC},e=4", optimizer="rmsprop", schedule="constant",
             average=0.0, input="codes", inference="stale",
         ),
         step_sizes=(0.003,),
@@ -189,6 +190,8 @@ class Run:
         what = [self.dataset, self.method, sorted(options.items())]
         if options.get("method") in ("vq", "gas", "lmc"):
             what.append(STATES.get(self.model, STATES[""]))
+        if options.get("method") == "vq" and self.model != "gat" and options.get("grad") != "off":
+            what += [] if ",e=" in options["codec"] else [GRADIENTS]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
     @property
@@ -224,6 +227,9 @@ ABLATION_BASE = (("epochs", 40),)
 ABLATIONS: dict[str, list[tuple[str, tuple[tuple[str, Any], ...]]]] = {
     "layers": [(str(n), (("layers", n),)) for n in (1, 2, 3, 4, 5)],
     "codewords K": [(str(k), (("codec", f"pq:d=4,k={k}"),)) for k in (64, 256, 1024, 4096)],
+    "gradient coordinates a branch e": [
+        ("1", ()), ("2", (("codec", "pq:d=4,k=256,e=2"),)), ("4: its channels", (("codec", "pq:d=4,k=256,e=4"),)),
+    ],
     "channels a branch d": [(str(d), (("codec", f"pq:d={d},k=256"),)) for d in (2, 4, 8)],
     "batches an epoch": [(f"{n} ({100 / n:.0f} %)", (("batches", n),)) for n in (20, 10, 5, 2)],
     "sampler": [

@@ -167,11 +167,40 @@ int64_t add_whole_branches(const List& list, const Output& out, const Table& tab
   return m;
 }
 
+// kLanes branches of one dimension from branch j on: their numbers are gathered.
+template <typename Code, bool drops>
+int64_t add_numbers(const List& list, const Output& out, const Table& table) {
+  const int64_t m = std::min(table.m, out.f) / kLanes * kLanes;
+  Ints first;  // of each branch's codewords
+  for (int v = 0; v < kLanes; ++v) first[v] = int32_t(v * table.K);
+  for (int64_t j = 0; j < m; j += kLanes) {
+    const float* numbers = table.codebook + j * table.K;
+    int k = 0;
+    for (int i = 0; i < out.num_rows; ++i) {
+      const int end = list.end[i];
+      if (k == end) continue;
+      float* sums = out.first + i * out.f + j;
+      Floats acc = load<Floats>(sums);
+      for (; k < end; ++k) {
+        Ints code = (Ints)load_wide<kLanes>((const Code*)list.row[k] + j);
+        if (sizeof(Code) > 1) code = code < int32_t(table.K) ? code : Ints{} + int32_t(table.K - 1);
+        Floats value = gather(numbers, code + first);
+        if (drops) value = (Floats)((Ints)value & kept_units<kLanes>(list.chain[k], j, list.drop_last));
+        acc += list.weight[k] * value;
+      }
+      store(sums, acc);
+    }
+  }
+  return m;
+}
+
 template <typename Code, template <int> class Codes, bool drops>
 void add_codes(const List& list, const Output& out, const Table& table) {
   if (list.count == 0) return;
   const int64_t d = table.d, last = table.K - 1;
   int64_t done = 0;
+  if (d == 1) done = add_numbers<Code, drops>(list, out, table);
+  if (d == 2) done = add_whole_branches<Codes, drops, 2>(list, out, table);
   if (d == 4) done = add_whole_branches<Codes, drops, 4>(list, out, table);
   if (d == 8) done = add_whole_branches<Codes, drops, 8>(list, out, table);
   if (d == 16) done = add_whole_branches<Codes, drops, 16>(list, out, table);

@@ -40,6 +40,9 @@ VQGNN_INLINE Vec<uint32_t, n> load_wide(const uint8_t* p) {  // n bytes, zero-ex
   // GCC 12 takes __builtin_convertvector apart, value by value.
   if constexpr (n == 8) return (Vec<uint32_t, 8>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #endif
+#if VQGNN_ISA_avx512
+  if constexpr (n == 16) return (Vec<uint32_t, 16>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
   return __builtin_convertvector(load<Vec<uint8_t, n>>(p), Vec<uint32_t, n>);
 }
 
@@ -48,7 +51,22 @@ VQGNN_INLINE Vec<uint32_t, n> load_wide(const uint16_t* p) {
 #if VQGNN_ISA_avx2 || VQGNN_ISA_avx512
   if constexpr (n == 8) return (Vec<uint32_t, 8>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 #endif
+#if VQGNN_ISA_avx512
+  if constexpr (n == 16) return (Vec<uint32_t, 16>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#endif
   return __builtin_convertvector(load<Vec<uint16_t, n>>(p), Vec<uint32_t, n>);
+}
+
+VQGNN_INLINE Floats gather(const float* from, Ints place) {
+#if VQGNN_ISA_avx512
+  return (Floats)_mm512_i32gather_ps((__m512i)place, from, 4);
+#elif VQGNN_ISA_avx2
+  return (Floats)_mm256_i32gather_ps(from, (__m256i)place, 4);
+#else
+  Floats values;
+  for (int i = 0; i < kLanes; ++i) values[i] = from[place[i]];
+  return values;
+#endif
 }
 
 VQGNN_INLINE float bits_to_float(uint32_t bits) {

@@ -74,7 +74,7 @@ class Attention(StoreConv):
     ) -> tuple[Tensor, Tensor | None]:
         if not self.store_use.inputs:
             return self.batch_messages(source, neighbours, query)
-        csr, rows, csr_t, *_, dropout = neighbours
+        csr, rows, csr_t, dropout = *neighbours[:3], neighbours.dropout
         halo = source[:0] if rows is None else pull_rows(rows, entries(csr, rows), source.size(1))
         return self._bipartite_messages(source, halo, dropout, csr._replace(halo=None), csr_t, query)
 
@@ -94,7 +94,7 @@ class Attention(StoreConv):
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
         """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""
-        csr, rows, csr_t, grad_rows, _, softmax, _ = neighbours
+        csr, rows, csr_t, grad_rows, _, softmax, *_ = neighbours
         if rows is not None and rows.codebook is not None:
             # learns between forward and backward, which must read the same rows
             rows = rows._replace(codebook=rows.codebook.clone())

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import vqgnn_kernels as kernels
 
+from .basis import Basis
+
 _LLOYD_STEPS = 5  # k-means steps on the first batch
 _SEEDS_A_CODE = 4  # rows of it that k-means++ chooses from, a code
 _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
@@ -15,15 +17,20 @@ _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number o
 class Codebook(nn.Module):
     """m = ceil(dim / branch_dim) codebooks of K codewords, learnt by exponential moving averages.
 
-    Branch j quantises features j*d .. j*d + d - 1 of a node together with the gradients of the same channels, so one
-    code gives both (eq. 7). Channels are whitened by their smoothed mean and variance before the search and the
-    codewords are un-whitened for reading (appendix E).
+    Branch j quantises features j*d .. j*d + d - 1 of a node together with its gradients, so one code gives both (eq.
+    7):
+    with those of the same channels, or with e coordinates of the node's gradient in a learnt basis. Gradients lie in
+    few directions, features do not, and what a code need not say of the ones it says of the others. Channels are
+    whitened by their smoothed mean and variance before the search and the codewords are un-whitened for reading
+    (appendix E).
 
     Args:
         dim: f, channels of a node state.
         branch_dim: d, channels a branch.
         num_codes: K, codewords a branch, at most 32768.
         grad: also keep gradient codewords.
+        grad_dim: e, coordinates of the gradient a branch, m * e in all. None, or m * e >= f: the d channels themselves,
+            as in the paper.
         decay: gamma, of the EMA of cluster sizes and sums.
         whiten_decay: beta, of the EMA of the channels' mean and variance.
         whiten: whether to whiten at all; else distances are those of the channels as they come, whose gradients are
@@ -41,27 +48,32 @@ class Codebook(nn.Module):
         whiten_decay: float = 0.9,
         whiten: bool = True,
         seed: int = 0,
+        grad_dim: int | None = None,
     ):
         super().__init__()
         self.dim, self.branch_dim, self.num_codes, self.grad = dim, branch_dim, num_codes, grad
         self.decay, self.whiten_decay, self.whiten, self.seed = decay, whiten_decay, whiten, seed
         self.num_branches = m = -(-dim // branch_dim)
-        self.width = branch_dim * (2 if grad else 1)  # dv: channels a branch quantises together
+        if grad_dim is None or m * grad_dim >= dim:
+            grad_dim = branch_dim
+        self.basis = Basis(dim, m * grad_dim) if grad and grad_dim != branch_dim else None
+        self.grad_dim = grad_dim if grad else 0  # e
+        self.width = branch_dim + self.grad_dim  # dv: channels a branch quantises together
         channels = m * self.width
         self.register_buffer("codewords", torch.zeros(m, num_codes, self.width))  # whitened
         self.register_buffer("ema_counts", torch.zeros(m, num_codes))
         self.register_buffer("ema_sums", torch.zeros(m, num_codes, self.width))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.zeros(channels))
-        # x_values and g_values [m, K, d]: the codewords un-whitened, as aggregate reads them
+        # x_values [m, K, d] and g_values [m, K, e]: the codewords un-whitened, as aggregate reads them
         self.register_buffer("x_values", torch.zeros(m, num_codes, branch_dim))
-        self.register_buffer("g_values", torch.zeros(m, num_codes, branch_dim) if grad else None)
+        self.register_buffer("g_values", torch.zeros(m, num_codes, grad_dim) if grad else None)
         self.register_buffer("square_error", torch.zeros(2, 2))  # of the last batch: [x, g] x [error, norm]
         # numbers of the host, kept in the state_dict as extra state: asking a GPU for them would stall every step
         self.updates, self.grad_seen = 0, False
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, branch_dim={self.branch_dim}, num_codes={self.num_codes}, grad={self.grad}"
+        return f"{self.dim}, branch_dim={self.branch_dim}, num_codes={self.num_codes}, grad_dim={self.grad_dim}"
 
     @property
     def initialised(self) -> bool:
@@ -80,8 +92,10 @@ class Codebook(nn.Module):
 
         The first call takes its codewords from the batch by k-means. Without g the gradient codewords stay as they are.
         """
-        v = self._pack(x, g)
         first_grad = g is not None and not self.grad_seen
+        if g is not None and self.basis is not None:
+            self.basis.update(g, first_grad)
+        v = self._pack(x, g)
         mean, var = _moments(v)
         self._smooth(mean, var, g is not None, first_grad)
         rstd = self._rstd()
@@ -101,7 +115,7 @@ class Codebook(nn.Module):
         if kept is not None:
             self.codewords[..., self.branch_dim :] = kept
             self.ema_sums[..., self.branch_dim :] = kept * self.ema_counts[..., None]
-        self._measure(v.size(0), mean, var, counts, sums, g is not None)
+        self._measure(v.size(0), mean, var, counts, sums, g)
         self.updates += 1
         self._decode()
         return codes
@@ -142,10 +156,12 @@ class Codebook(nn.Module):
         """[b, m * dv]: every branch's features, then its gradients."""
         if not self.grad:
             return self._pad(x)
-        shape = (x.size(0), self.num_branches, self.branch_dim)
+        by_branch = (x.size(0), self.num_branches, -1)
+        if g is not None:
+            g = (self._pad(g) if self.basis is None else g @ self.basis.vectors).view(by_branch)
         v = x.new_empty(x.size(0), self.num_branches, self.width)
-        v[..., : self.branch_dim] = self._pad(x).view(shape)
-        v[..., self.branch_dim :] = self._gradient_means() if g is None else self._pad(g).view(shape)
+        v[..., : self.branch_dim] = self._pad(x).view(by_branch)
+        v[..., self.branch_dim :] = self._gradient_means() if g is None else g
         return v.view(x.size(0), -1)
 
     def _gradient_means(self) -> Tensor:
@@ -215,13 +231,14 @@ class Codebook(nn.Module):
         start = sums[..., self.branch_dim :] / counts.clamp(min=1)[..., None]
         self.ema_sums[..., self.branch_dim :] = start * self.ema_counts[..., None]
 
-    def _measure(self, b: int, mean: Tensor, var: Tensor, counts: Tensor, sums: Tensor, has_grad: bool) -> None:
+    def _measure(self, b: int, mean: Tensor, var: Tensor, counts: Tensor, sums: Tensor, g: Tensor | None) -> None:
         """Squared error of the batch's b rows against the new codewords, without a second pass over the rows.
 
         With the batch's moments, a channel: sum (x - x~)^2 = sum (x - mu)^2 + s^2 sum_k (n_k c_k^2 - 2 c_k . sum_k),
         mu and s the smoothed mean and deviation, c the whitened codewords, sum_k the whitened rows' sums.
 
-        Without gradients their figures stay those of the last batch that had them.
+        Without gradients their figures stay those of the last batch that had them. To a gradient's error comes what
+        lies outside the basis.
         """
         c = self.codewords
         spread = b * (var + (mean - self.mean).square())
@@ -229,9 +246,12 @@ class Codebook(nn.Module):
         error = spread.view(-1, self.width) + self.var.view(-1, self.width) * gain
         square = (b * (var + mean.square())).view(-1, self.width)
         d = self.branch_dim
-        for i, part in enumerate((slice(0, d), slice(d, None))[: 1 + has_grad]):
+        for i, part in enumerate((slice(0, d), slice(d, None))[: 1 if g is None else 2]):
             self.square_error[i, 0] = error[:, part].sum()
             self.square_error[i, 1] = square[:, part].sum()
+        if g is not None and self.basis is not None:
+            outside = g.square().sum() - self.square_error[1, 1]
+            self.square_error[1] += outside
 
     def _decode(self) -> None:
         std = self.var.sqrt().view(self.num_branches, 1, self.width)

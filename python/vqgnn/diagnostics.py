@@ -114,7 +114,7 @@ def _layer_error(
         return conv.state_messages(source, neighbours, conv.message_query(source.detach()))[0]
 
     truth = messages(Neighbours(csr, Rows("fp32", exact), csr_t))
-    read = messages(batch.graph.neighbours(store, convolution)._replace(grad_rows=None))
+    read = messages(batch.graph.neighbours(store, convolution)._replace(grad_rows=None, grad_basis=None))
     norm = _norm(graph, convolution).to(exact.device) if conv.fixed else None
     bound = float(error * norm * scale) if conv.fixed else None
     of_states = (name, float(error), float(quantisation), float((read - truth).norm()), bound)

@@ -49,11 +49,16 @@ kernels.register(
 
 @dataclass(frozen=True)
 class Codec:
-    """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256")."""
+    """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256").
+
+    grad_dim: "e=" of product VQ, coordinates of the gradient a branch (see `Codebook`); e = d: the channels themselves.
+    None: a quarter of d, and for an attention's gradients, of which the kernels read the channels, d.
+    """
 
     name: str
     branch_dim: int = 4
     num_codes: int = 256
+    grad_dim: int | None = None
 
     @classmethod
     def parse(cls, text: str | Codec) -> Codec:
@@ -66,16 +71,19 @@ class Codec:
             options = {"?": 0}
         if name in ROW_CODECS and not rest:
             return cls(name)
-        d, k = options.pop("d", 4), options.pop("k", 256)
-        if name != "pq" or options or d < 1 or not 1 <= k <= 32768:
+        d, k, e = options.pop("d", 4), options.pop("k", 256), options.pop("e", None)
+        if name != "pq" or options or d < 1 or not 1 <= k <= 32768 or not (e is None or 1 <= e <= d):
             raise ValueError(
                 f"codec={text!r} is unknown; use one of {', '.join(ROW_CODECS)} or pq:d=D,k=K with D >= 1 channels a "
-                "branch and K in 1..32768 codewords, e.g. pq:d=4,k=256"
+                "branch and K in 1..32768 codewords, e.g. pq:d=4,k=256; ,e=E sets how many of the D a gradient has"
             )
-        return cls("pq", d, k)
+        return cls("pq", d, k, e)
 
     def __str__(self) -> str:
-        return f"pq:d={self.branch_dim},k={self.num_codes}" if self.name == "pq" else self.name
+        if self.name != "pq":
+            return self.name
+        text = f"pq:d={self.branch_dim},k={self.num_codes}"
+        return text if self.grad_dim is None else f"{text},e={self.grad_dim}"
 
     def table(
         self, num_nodes: int, dim: int, zeros: Callable[..., Tensor] = torch.zeros
@@ -94,7 +102,8 @@ class Neighbours(NamedTuple):
     """What a conv reads of its batch: the batch's rows of C and of C^T, and the tables that their halo points into.
 
     rows, rows_t: states of csr's and of csr_t's halo; grad_rows, softmax [h_t, 2, heads]: gradients of csr_t's, and
-    the softmax of an attention. dropout: share of `rows` to be dropped.
+    the softmax of an attention. dropout: share of `rows` to be dropped. grad_basis [f, r]: what grad_rows are
+    coordinates in.
     """
 
     csr: CSR
@@ -104,6 +113,7 @@ class Neighbours(NamedTuple):
     rows_t: Rows | None = None
     softmax: Tensor | None = None
     dropout: float = 0.0
+    grad_basis: Tensor | None = None
 
 
 class NodeStore(nn.Module):
@@ -159,7 +169,11 @@ class NodeStore(nn.Module):
         self.register_buffer("scale", scale)
         self.codebook = None
         if self.codec.name == "pq":
-            self.codebook = Codebook(dim, self.codec.branch_dim, self.codec.num_codes, grad, seed=seed, **options)
+            d, e = self.codec.branch_dim, self.codec.grad_dim
+            if grad and heads and e not in (None, d):
+                raise ValueError(f"codec={self.codec}: of an attention gradients are kept by channel; leave e={e} out")
+            options["grad_dim"] = d if heads else e or -(-d // 4)
+            self.codebook = Codebook(dim, d, self.codec.num_codes, grad, seed=seed, **options)
         elif options:
             raise ValueError(f"codebook options {sorted(options)} were given, but codec={self.codec} has no codebook")
         rows_of_gradients = grad and self.codebook is None
@@ -252,12 +266,17 @@ class NodeStore(nn.Module):
 
     @property
     def grad_rows(self) -> Rows | None:
-        """Gradients as `aggregate`'s backward reads them in place; None without a gradient store."""
+        """Gradients as `aggregate`'s backward reads them in place, with `grad_basis`; None without a gradient store."""
         if not self.grad:
             return None
         if self.codebook:
             return Rows("pq", self.data, None, self.codebook.g_values)
         return Rows(self.codec.name, self.grad_data, self.grad_scale, None)
+
+    @property
+    def grad_basis(self) -> Tensor | None:
+        """[f, r]: grad_rows are coordinates of gradients in it; None: they are the gradients."""
+        return self.codebook.basis.vectors if self.grad and self.codebook and self.codebook.basis else None
 
     def start(self, csr: CSR, csr_t: CSR) -> dict[str, Ticket]:
         """Begin to bring what `neighbours` will read of a batch with this halo, whose ids are in host memory.
@@ -281,10 +300,10 @@ class NodeStore(nn.Module):
 
     def neighbours(self, csr: CSR, csr_t: CSR, started: dict[str, Ticket] | None = None) -> Neighbours:
         """What a conv reads of a batch with these matrices; `started` by `start`, unless the tables are in place."""
-        rows, grad_rows, rows_t = self.rows, self.grad_rows, self.rows
+        rows, grad_rows, rows_t, basis = self.rows, self.grad_rows, self.rows, self.grad_basis
         if self.in_place:
             softmax = None if self.softmax is None else self.softmax[csr_t.halo]
-            return Neighbours(csr, rows, csr_t, grad_rows, rows_t, softmax)
+            return Neighbours(csr, rows, csr_t, grad_rows, rows_t, softmax, grad_basis=basis)
         got = {name: ticket.wait() for name, ticket in started.items()}
         rows = rows._replace(data=got["data"], scale=got.get("scale"))
         rows_t = rows._replace(data=got["data_t"], scale=got.get("scale_t")) if "data_t" in got else rows
@@ -295,7 +314,7 @@ class NodeStore(nn.Module):
         else:
             grad_rows = None
         csr, csr_t = csr._replace(halo=None), csr_t._replace(halo=None)
-        return Neighbours(csr, rows, csr_t, grad_rows, rows_t, got.get("softmax"))
+        return Neighbours(csr, rows, csr_t, grad_rows, rows_t, got.get("softmax"), grad_basis=basis)
 
     @torch.no_grad()
     def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None, softmax: Tensor | None = None) -> None:
@@ -381,9 +400,14 @@ class NodeStore(nn.Module):
         if not self.grad:
             return torch.zeros(self.num_nodes, self.dim, device=self.device)
         if self.in_place:
-            return kernels.pull_rows(self.grad_rows, None, self.dim)
-        with torch.enable_grad():  # a forward alone would not bring them
-            return kernels.pull_rows(self._brought(None).grad_rows, None, self.dim)
+            rows = self.grad_rows
+        else:
+            with torch.enable_grad():  # a forward alone would not bring them
+                rows = self._brought(None).grad_rows
+        basis = self.grad_basis
+        if basis is None:
+            return kernels.pull_rows(rows, None, self.dim)
+        return kernels.pull_rows(rows, None, basis.size(1)) @ basis.T
 
     def _brought(self, n_id: Tensor | None) -> Neighbours:
         """The tables' rows of nodes n_id (None: of all), on the device."""

@@ -102,7 +102,8 @@ class StoreConv:
         """
         share = neighbours.dropout
         seed = draw_seed(share, source.device)
-        return aggregate(source, *neighbours[:4], dropout=share, seed=seed), None
+        basis = neighbours.grad_basis
+        return aggregate(source, *neighbours[:4], dropout=share, seed=seed, grad_basis=basis), None
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         """M [b, f] from features x [b, in_channels], with the halo's features read exactly."""

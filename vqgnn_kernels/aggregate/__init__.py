@@ -21,6 +21,7 @@ def aggregate(
     *,
     dropout: float = 0.0,
     seed: int | Tensor = 0,
+    grad_basis: Tensor | None = None,
 ) -> Tensor:
     """Add up every row's messages, from the batch's own rows and from the halo's stored state.
 
@@ -44,12 +45,15 @@ def aggregate(
         seed: of the dropout, a number or an int64 tensor [] on x's device (which a compiled step or a CUDA graph can
             draw anew). What is dropped depends on (seed mod 2^32, halo entry, channel or branch) alone: not on where
             the table is, and for all edges from a halo node it is the same.
+        grad_basis: [f, r] fp32; grad_rows are then coordinates [N, r], and G~_H those times its transpose. As the sum
+            is taken in r channels, that costs less than reading f of them.
     Returns:
         [r, f] of x's dtype.
     Raises:
         ValueError: wrong dtype or shape, dropout out of range, a column or halo entry out of range (found while the
-            edges are read, at no extra pass), or csr_t missing. Codes >= K are not looked for; they give unspecified
-            values. On CUDA entries out of range are skipped without an error, which would need a synchronisation.
+            edges are read, at no extra pass), or csr_t or grad_rows missing. Codes >= K are not looked for; they give
+            unspecified values. On CUDA entries out of range are skipped without an error, which would need a
+            synchronisation.
     """
     check_tensor("x", x, FLOATS, (None, None))
     b, f = x.shape
@@ -66,9 +70,13 @@ def aggregate(
         if check_csr("csr_t", csr_t) != b:
             raise ValueError(f"csr_t has {csr_t.rowptr.shape[0] - 1} rows; it needs one for each of x's {b} rows")
         if grad_rows is not None:
-            check_rows("grad_rows", grad_rows, f)
+            check_rows("grad_rows", grad_rows, f if grad_basis is None else grad_basis.shape[-1])
+    if grad_basis is not None:
+        check_tensor("grad_basis", grad_basis, (torch.float32,), (f, None))
+        if grad_rows is None:
+            raise ValueError("grad_basis was given without grad_rows, the coordinates in it; pass both")
     seed = seed_tensor(seed, x.device) if dropout else None
-    return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows), dropout, seed)
+    return _aggregate(x, *_flat(csr, rows), *_flat(csr_t, grad_rows), grad_basis, dropout, seed)
 
 
 def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
@@ -84,11 +92,11 @@ def _impl(x, *args):
     csr, rows = _bundle(*args[:8])
     kernels = implementation(__name__, x)
     if kernels is not reference:
-        out = kernels.aggregate(x, csr, rows, *args[16:])
+        out = kernels.aggregate(x, csr, rows, *args[17:])
         if out is not None:
             return out
     check_entries(csr, x.shape[0], rows)
-    return reference.aggregate(x, csr, rows, *args[16:])
+    return reference.aggregate(x, csr, rows, *args[17:])
 
 
 def _fake(x, rowptr, *args):
@@ -99,20 +107,28 @@ def _setup_context(ctx, inputs, output):
     # Plain attributes, not save_for_backward: the tables are updated in place between forward and backward on purpose,
     # which autograd's version counter would refuse.
     ctx.forward_matrix = inputs[1:5]
-    ctx.backward_args = inputs[9:17]
+    ctx.backward_matrix, ctx.table, ctx.basis = inputs[9:13], inputs[13:17], inputs[17]
 
 
 def _backward(ctx, grad_out):
+    nothing = (None, 0.0, None)  # basis, dropout, seed
     no_table = ("", None, None, None)  # the table is a constant: a second derivative sees the matrix alone
-    grad_x = _aggregate(grad_out, *ctx.backward_args, *ctx.forward_matrix, *no_table, 0.0, None)
-    return grad_x, *(None,) * 18
+    forward = (*ctx.forward_matrix, *no_table, *nothing)
+    matrix, table, basis = ctx.backward_matrix, ctx.table, ctx.basis
+    if basis is None:
+        return _aggregate(grad_out, *matrix, *table, *forward), *(None,) * 19
+    grad_x = _aggregate(grad_out, *matrix, *no_table, *forward)
+    zeros = basis.new_zeros(grad_out.shape[0], basis.shape[1])
+    coordinates = _aggregate(zeros, *matrix, *table, *(None,) * 4, *no_table, *nothing)
+    return grad_x + (coordinates @ basis.T).to(grad_x.dtype), *(None,) * 19
 
 
 _aggregate = register(
     "aggregate(Tensor x, Tensor rowptr, Tensor col, Tensor? weight, Tensor? halo,"
     " str codec, Tensor? data, Tensor? scale, Tensor? codebook,"
     " Tensor? t_rowptr, Tensor? t_col, Tensor? t_weight, Tensor? t_halo,"
-    " str t_codec, Tensor? t_data, Tensor? t_scale, Tensor? t_codebook, float dropout, Tensor? seed) -> Tensor",
+    " str t_codec, Tensor? t_data, Tensor? t_scale, Tensor? t_codebook,"
+    " Tensor? grad_basis, float dropout, Tensor? seed) -> Tensor",
     _impl,
     _fake,
 )
