@@ -37,6 +37,7 @@ CASES = {
     "fp32 f=47": lambda: (torch.zeros(B, 47), matrix(), table("fp32", 47)),
     "int4 f=47": lambda: (torch.zeros(B, 47), matrix(), table("int4", 47)),
     "pq d=3 f=47": lambda: (torch.zeros(B, 47), matrix(), table("pq", 47, d=3)),
+    "pq d=1 f=32": lambda: (torch.zeros(B, 32), matrix(), table("pq", 32, d=1)),
     "pq f=32": lambda: (torch.zeros(B, 32), matrix(), table("pq", 32)),
 }
 

@@ -9,6 +9,7 @@ from vqgnn_kernels.codebook_update import code_dtype
     ("size", "dtype"),
     [
         ((1000, 32, 1024, 8), torch.float32),
+        ((1000, 32, 256, 5), torch.float32),
         ((1000, 43, 256, 3), torch.bfloat16),
         ((1000, 2, 256, 64), torch.float32),
         ((1, 1, 1, 1), torch.float32),  # Triton makes constants of ones

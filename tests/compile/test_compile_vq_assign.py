@@ -16,6 +16,7 @@ def problem(b, m, K, dv, dtype):
         ((40000, 32, 1024, 8), torch.float32, True),
         ((40000, 32, 256, 4), torch.bfloat16, True),
         ((1000, 16, 256, 8), torch.float32, True),
+        ((1000, 32, 256, 5), torch.float32, True),
         ((1000, 43, 256, 3), torch.float16, False),
         ((1000, 8, 1024, 16), torch.float32, True),
         ((1000, 2, 256, 64), torch.float32, False),
