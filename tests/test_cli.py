@@ -195,6 +195,14 @@ def test_checkpoint_of_another_config(run, capsys):
     fails(capsys, ["evaluate", str(run)], "another config")
 
 
+def test_checkpoint_of_an_older_version(run, capsys):
+    """Codes used to keep gradients by channel."""
+    state = torch.load(run / "checkpoint.pt")
+    state["stores"]["convs.1.conv"]["codebook.g_values"] = torch.zeros(4, 16, 4)
+    torch.save(state, run / "checkpoint.pt")
+    fails(capsys, ["evaluate", str(run)], "older", "start a new run")
+
+
 @pytest.mark.parametrize("content", [b"", b"noise" * 100, "cut"])
 def test_damaged_checkpoint(run, capsys, content):
     path = run / "checkpoint.pt"

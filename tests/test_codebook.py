@@ -118,7 +118,7 @@ def test_few_coordinates_hold_gradients_of_low_rank():
         stats = codebook.stats()
         errors.append((stats["relative_error_x"], stats["relative_error_grad"]))
     (x_channels, g_channels), (x_few, g_few) = errors
-    assert x_few < 0.9 * x_channels and g_few < 0.8 * g_channels
+    assert x_few < 0.9 * x_channels and g_few < 0.95 * g_channels
 
 
 @pytest.mark.parametrize(("dim", "d", "e"), [(32, 4, 4), (8, 4, 4), (1, 8, 2), (3, 1, 1)])

@@ -37,7 +37,8 @@ class Basis(nn.Module):
         self.vectors.copy_(self._principal() if first else self._followed())
 
     def _principal(self) -> Tensor:
-        _, found = torch.linalg.eigh(self.moments.double().cpu().nan_to_num(0.0, 0.0, 0.0))  # there: everywhere the same
+        moments = self.moments.double().cpu().nan_to_num(0.0, 0.0, 0.0)  # the CPU's vectors on every device
+        _, found = torch.linalg.eigh(moments)
         found = found.flip(1)[:, : self.vectors.size(1)]
         return found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
 

@@ -59,7 +59,9 @@ class Config:
         "What a batch knows of the nodes outside it: codes, rows, rows and gradients, nothing; or the whole graph.",
     )
     codec: str | None = option(
-        None, "How node states are kept: pq:d=D,k=K, fp32, fp16, int8, int4. [default: method's]"
+        None,
+        "How node states are kept: pq:d=D,k=K (codes of D channels; ,e=E: of E coordinates of gradients), fp32, fp16, "
+        "int8, int4. [default: method's]",
     )
     input: Literal["auto", "precompute", "rows", "codes"] = option("auto", "How the first layer reads the features.")
     grad: Literal["auto", "on", "off"] = option(

@@ -71,7 +71,8 @@ def convert(
             `to_hetero` or of its `HeteroConv` layers, serves one edge type: conv((x_source, x_target), graph).
         method: "vq" (product-VQ codes of states and gradients, VQ-GNN), "gas" (rows of states, GNNAutoScale), "lmc"
             (rows of both), "drop" (no out-of-batch messages, Cluster-GCN) or "full" (no store: whole-graph batches).
-        codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256". Default: the method's.
+        codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256" (see `Codec`). Default: the
+            method's.
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
             conv is an attention. Of a HeteroData, "auto" is rows: C X is a table for every edge type.

@@ -294,6 +294,12 @@ class Trainer:
         generation = state.get("generation")  # of the files; None: there are none
         for name, store in self.stores.items():
             small = generation is not None
+            mine = store.state_dict()
+            if any(key in mine and mine[key].shape != value.shape for key, value in state["stores"][name].items()):
+                raise InputError(
+                    f"the checkpoint keeps node state of {name} in other shapes than {store.codec} has now: an older "
+                    "vqgnn made it; use that one, or start a new run"
+                )
             missing = store.load_state_dict(state["stores"][name], strict=not small).missing_keys
             if not small:
                 continue
