@@ -99,6 +99,9 @@ METHODS = {
     "full-rmsprop": Method("full batch, RMSprop", (("method", "full"), ("optimizer", "rmsprop")), epochs=None),
     "vq": _ours("ours: vq, random nodes", "vq", codec=CODEC, optimizer="auto"),
     "vq-fine": _ours("ours, d = 2", "vq", codec="pq:d=2,k=256", optimizer="auto"),
+    "vq-channels": _ours(
+        "ours, gradients by channel", "vq", codec=f"{CODEC},e=4", optimizer="auto", models=("gcn", "sage")
+    ),
     "vq-forward": _ours("ours, no gradients", "vq", codec=CODEC, grad="off", optimizer="auto"),
     "vq-adam": _ours("ours, Adam", "vq", codec=CODEC, models=("gcn", "sage")),
     "vq-rmsprop": _ours("ours, RMSprop", "vq", codec=CODEC, optimizer="rmsprop", models=("gat",)),
