@@ -3,6 +3,7 @@
     python benchmarks/accuracy/why.py                       # rows to results/why.csv, plots to results/plots
     python benchmarks/accuracy/why.py --states              # rows to results/why_states.csv: dropout in stored states
     python benchmarks/accuracy/why.py --attention           # rows to results/why_attention.csv: what costs GAT accuracy
+    python benchmarks/accuracy/why.py --codes               # rows to results/why_codes.csv: what a code tells
 
 Trains GCN 3 x 128 on amazon-computers and, every few epochs, compares with the truth: one pass over the whole graph in
 training mode (BatchNorm's statistics of all nodes) with the present weights and without dropout.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 import vqgnn
 from vqgnn import datasets
+from vqgnn.codebook import Codebook
 from vqgnn.files import atomic_write
 from vqgnn.inference import layerwise
 from vqgnn.loader import Batch, BatchLoader
@@ -262,6 +264,67 @@ def attention() -> list[dict]:
     return rows
 
 
+CODES = {
+    "gradients by channel": {"grad_dim": None},
+    "the same, k-means on all nodes": {"grad_dim": None, "decay": 0.0},
+    "2 coordinates of gradients a branch": {"grad_dim": 2},
+    "1 coordinate": {"grad_dim": 1},
+    "no gradients": {"grad": False},
+    "d = 2, gradients by channel": {"branch_dim": 2, "grad_dim": None},
+    "d = 2, 1 coordinate": {"branch_dim": 2, "grad_dim": 1},
+}
+
+
+class _Pushed:
+    """Keeps what is pushed into a store, states and gradients."""
+
+    def __init__(self, store: NodeStore):
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        self._push, store.push = store.push, self.push
+
+    def push(self, n_id: Tensor, x: Tensor, g: Tensor, *more) -> None:
+        self.rows.append((x, g))
+        self._push(n_id, x, g, *more)
+
+
+def codes(epochs: int = 20) -> list[dict]:
+    """Relative errors of states and gradients of SAGE on ogbn-arxiv-ranks35 in codebooks of several kinds.
+
+    The rows are an epoch's, in its batches, after `epochs` of training; codebooks see them three times.
+    """
+    config = worker.config_of(Run("ogbn-arxiv-ranks35", "sage", "vq", 0, 0.01), 1)
+    trainer = Trainer(config, datasets.of_config(config))
+    with no_denormals():
+        for _ in range(epochs):
+            trainer.train_epoch()
+        pushed = {name: _Pushed(store) for name, store in trainer.stores.items()}
+        trainer.train_epoch()
+    rows = []
+    for layer, watch in enumerate(pushed.values(), 2):
+        whole = tuple(torch.cat(part) for part in zip(*watch.rows, strict=True))
+        for what, options in CODES.items():
+            codebook = Codebook(whole[0].size(1), **options)
+            lloyd = options.get("decay") == 0.0
+            for x, g in [whole] * 20 if lloyd else 3 * watch.rows:
+                codebook.update(x, g if codebook.grad else None)
+            stats = codebook.stats()
+            rows.append({
+                "layer": layer, "codes": what, "bytes": codebook.num_branches, "share": "",
+                "error_x": round(stats["relative_error_x"], 3),
+                "error_grad": round(stats["relative_error_grad"], 3) if codebook.grad else "",
+            })  # fmt: skip
+            print(rows[-1], file=sys.stderr)
+        for part, name in zip(whole, ("states", "gradients"), strict=True):
+            part = part - part.mean(0)
+            size = torch.linalg.eigvalsh((part.T @ part).double()).flip(0)
+            share = size.cumsum(0) / size.sum()
+            for rank in (32, 64):
+                what = f"{name}: {rank} of {len(size)} directions"
+                rows.append({"layer": layer, "codes": what, "share": round(float(share[rank - 1]), 3)})
+                print(rows[-1], file=sys.stderr)
+    return rows
+
+
 def _best(run: Run, state: str = "", exact: str | None = None) -> dict[str, float]:
     """Scores (%) at the best validation epoch."""
     config = worker.config_of(run, 1)
@@ -332,6 +395,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="cosine", choices=("cosine", "constant"))
     parser.add_argument("--states", action="store_true", help="the experiment with dropout in stored states alone")
     parser.add_argument("--attention", action="store_true", help="the experiment with attention on minesweeper alone")
+    parser.add_argument("--codes", action="store_true", help="what codes tell of ogbn-arxiv-ranks35 alone")
     parser.add_argument("--plot", action="store_true", help="only draw the rows that are there")
     args = parser.parse_args()
     if args.plot:
@@ -344,6 +408,9 @@ def main() -> None:
         return
     if args.attention:
         write(results.FOLDER / "why_attention.csv", attention())
+        return
+    if args.codes:
+        write(results.FOLDER / "why_codes.csv", codes())
         return
     rows = []
     for dropout in (0.0, 0.3):
