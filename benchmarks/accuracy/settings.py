@@ -305,6 +305,8 @@ TIMED = {
         if epochs or (lr == 0.01 and method != "vq-adam")
     },
     "ours: vq, d = 2": ("vq-fine", 0.01, ()),
+    "ours: rows and gradients in int4": ("lmc-node", 0.01, (("codec", "int4"),)),
+    "ours: rows and gradients in fp32": ("lmc-node", 0.01, ()),
     **{
         f"ours: {what}, 20 batches an epoch, {epochs} epochs": (
             method, 0.01, (("batches", 20), *changes, ("epochs", epochs))
