@@ -46,9 +46,11 @@ class Basis(nn.Module):
         v = self.vectors
         image = self.moments @ v
         inside = v.T @ image
-        ridge = (_RIDGE * inside.trace() / len(inside) + 1e-30).expand(len(inside)).diag()
-        step = torch.linalg.solve_ex(inside + ridge, (image - v @ inside).T)[0].T
+        outside = torch.addmm(image, v, inside, alpha=-1)
+        inside.diagonal().add_((inside.trace() * (_RIDGE / len(inside))).clamp_(min=1e-30))
+        step = torch.linalg.solve_ex(inside, outside.T)[0].T
         v = v + step / step.norm().clamp(min=1.0)
+        eye = torch.eye(len(inside), device=v.device)
         for _ in range(5):  # Newton-Schulz: the nearest orthonormal vectors, by products alone
-            v = 1.5 * v - 0.5 * v @ (v.T @ v)
+            v = v @ torch.addmm(eye, v.T, v, beta=1.5, alpha=-0.5)
         return v
