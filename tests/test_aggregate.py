@@ -181,25 +181,33 @@ def test_gradient_is_equation_7():
     torch.testing.assert_close(x_b.grad, matrix[:b, :b].T @ grad_out + matrix[b:, :b].T @ stored_g[b:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("d", [1, 2])
-def test_gradients_in_a_basis(d, dtype):
+def check_basis(d, dtype, device="cpu"):
     """Coordinates in a basis are rows of gradients: as if these were stored."""
     n, f, r = 120, 24, 6
     csr = random_csr(75, 40, 90, table_rows=n, num_edges=600)
     csr_t = random_csr(40, 75, 50, table_rows=n, num_edges=500)
     rows, coordinates, basis = random_rows("pq8", n, f), random_rows("pq8", n, r, d=d), torch.randn(f, r)
     stored = Rows("fp32", store.pull_rows(coordinates, None, r) @ basis.T)
-    x, grad_out = torch.randn(40, f).to(dtype), torch.randn(75, f).to(dtype)
+    x, grad_out = torch.randn(40, f).to(device, dtype), torch.randn(75, f).to(device, dtype)
+
+    def there(bundle):
+        return type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
+
     grads = []
-    for grad_rows, options in ((coordinates, {"grad_basis": basis}), (stored, {})):
+    for grad_rows, options in ((coordinates, {"grad_basis": basis.to(device)}), (stored, {})):
         leaf = x.clone().requires_grad_()
-        out = aggregate(leaf, csr, rows, csr_t, grad_rows, **options)
+        out = aggregate(leaf, there(csr), there(rows), there(csr_t), there(grad_rows), **options)
         out.backward(grad_out)
         grads.append(leaf.grad)
     assert grads[0].dtype == dtype
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(grads[0], grads[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 2])
+def test_gradients_in_a_basis(d, dtype):
+    check_basis(d, dtype)
 
 
 def test_second_derivative_sees_the_matrix_alone():

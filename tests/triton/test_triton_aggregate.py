@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from test_aggregate import CODECS, random_csr, random_rows
+from test_aggregate import CODECS, check_basis, random_csr, random_rows
 from test_aggregate import check as cpu_check
 
 from vqgnn_kernels import CSR, Rows, _chunks, _tiles, aggregate
@@ -54,6 +54,11 @@ def test_branch_widths(codec, d, device):
     rows = random_rows(codec, 30, 45, d=d, num_codes=256 if codec == "pq8" else 700)
     csr, csr_t = random_csr(8, 5, 25, table_rows=30), random_csr(5, 8, 25, table_rows=30)
     check(device, torch.randn(5, 45), csr, rows, csr_t, rows)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_gradients_in_a_basis(d, device):
+    check_basis(d, torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -180,5 +185,5 @@ def test_opcheck(device):
     rows, grad_rows = to(device, random_rows("pq8", 4, 6)), to(device, random_rows("int8", 4, 6))
     csr, csr_t = to(device, random_csr(3, 2, 4)), to(device, random_csr(2, 3, 4))
     x = torch.randn(2, 6, device=device, requires_grad=True)
-    for dropout in ((0.0, None), (0.3, torch.tensor(5, device=device))):
-        torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, grad_rows), *dropout))
+    for rest in ((None, 0.0, None), (torch.randn(6, 6, device=device), 0.3, torch.tensor(5, device=device))):
+        torch.library.opcheck(torch.ops.vqgnn.aggregate, (x, *_flat(csr, rows), *_flat(csr_t, grad_rows), *rest))
