@@ -17,11 +17,10 @@ _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number o
 class Codebook(nn.Module):
     """m = ceil(dim / branch_dim) codebooks of K codewords, learnt by exponential moving averages.
 
-    Branch j quantises features j*d .. j*d + d - 1 of a node together with its gradients, so one code gives both (eq.
-    7):
-    with those of the same channels, or with e coordinates of the node's gradient in a learnt basis. Gradients lie in
-    few directions, features do not, and what a code need not say of the ones it says of the others. Channels are
-    whitened by their smoothed mean and variance before the search and the codewords are un-whitened for reading
+    Branch j quantises features j*d .. j*d + d - 1 of a node together with a part of its gradient, so one code gives
+    both (eq. 7). The part is the same channels of the gradient, or e coordinates of it in a learnt basis (`Basis`): most
+    of a gradient lies in few directions, and the fewer numbers a code stands for, the closer it is to them. Channels
+    are whitened by their smoothed mean and variance before the search and the codewords are un-whitened for reading
     (appendix E).
 
     Args:
