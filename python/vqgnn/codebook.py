@@ -18,9 +18,9 @@ class Codebook(nn.Module):
     """m = ceil(dim / branch_dim) codebooks of K codewords, learnt by exponential moving averages.
 
     Branch j quantises features j*d .. j*d + d - 1 of a node together with a part of its gradient, so one code gives
-    both (eq. 7). The part is the same channels of the gradient, or e coordinates of it in a learnt basis (`Basis`): most
-    of a gradient lies in few directions, and the fewer numbers a code stands for, the closer it is to them. Channels
-    are whitened by their smoothed mean and variance before the search and the codewords are un-whitened for reading
+    both (eq. 7). The part is the same channels of the gradient, or e coordinates of it in a learnt `Basis`: most of a
+    gradient lies in few directions, and the fewer numbers a code stands for, the closer it is to them. Channels are
+    whitened by their smoothed mean and variance before the search and the codewords are un-whitened for reading
     (appendix E).
 
     Args:
