@@ -48,6 +48,7 @@ import matplotlib.pyplot as plt
 DATASET, MODEL, LR = "amazon-computers", "gcn", 0.01
 METHODS = {
     "vq": {"method": "vq"},
+    "vq, gradients by channel": {"method": "vq", "codec": "pq:d=4,k=256,e=4"},
     "vq, gradients off": {"method": "vq", "grad": "off"},
     "gas fp32": {"method": "gas"},
     "lmc fp32": {"method": "lmc"},
