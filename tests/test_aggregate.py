@@ -52,6 +52,10 @@ def dense(csr, num_columns):
     return out.index_put_((row, csr.col.long()), weight, accumulate=True)
 
 
+def to(device, bundle):
+    return bundle and type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
+
+
 def check(x, csr, rows, csr_t, grad_rows, tolerance=1e-5, dropout=0.0, seed=0):
     """Values and gradients against reference.py."""
     x = x.requires_grad_()
@@ -189,14 +193,11 @@ def check_basis(d, dtype, device="cpu"):
     rows, coordinates, basis = random_rows("pq8", n, f), random_rows("pq8", n, r, d=d), torch.randn(f, r)
     stored = Rows("fp32", store.pull_rows(coordinates, None, r) @ basis.T)
     x, grad_out = torch.randn(40, f).to(device, dtype), torch.randn(75, f).to(device, dtype)
-
-    def there(bundle):
-        return type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
-
+    csr, rows, csr_t = (to(device, bundle) for bundle in (csr, rows, csr_t))
     grads = []
     for grad_rows, options in ((coordinates, {"grad_basis": basis.to(device)}), (stored, {})):
         leaf = x.clone().requires_grad_()
-        out = aggregate(leaf, there(csr), there(rows), there(csr_t), there(grad_rows), **options)
+        out = aggregate(leaf, csr, rows, csr_t, to(device, grad_rows), **options)
         out.backward(grad_out)
         grads.append(leaf.grad)
     assert grads[0].dtype == dtype

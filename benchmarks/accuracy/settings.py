@@ -193,8 +193,9 @@ class Run:
         what = [self.dataset, self.method, sorted(options.items())]
         if options.get("method") in ("vq", "gas", "lmc"):
             what.append(STATES.get(self.model, STATES[""]))
-        if options.get("method") == "vq" and self.model != "gat" and options.get("grad") != "off":
-            what += [] if ",e=" in options["codec"] else [GRADIENTS]
+        codes_of_both = options.get("method") == "vq" and self.model != "gat" and options.get("grad") != "off"
+        if codes_of_both and ",e=" not in options["codec"]:
+            what.append(GRADIENTS)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
     @property

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from test_aggregate import CODECS, check_basis, random_csr, random_rows
+from test_aggregate import CODECS, check_basis, random_csr, random_rows, to
 from test_aggregate import check as cpu_check
 
 from vqgnn_kernels import CSR, Rows, _chunks, _tiles, aggregate
@@ -19,10 +19,6 @@ def split(monkeypatch):
 
 def use_tile(monkeypatch, **blocks):
     monkeypatch.setitem(_tiles.TILES, "aggregate_fwd_kernel", (_tiles.Tile(blocks, 1, 1, why="test"),))
-
-
-def to(device, bundle):
-    return bundle and type(bundle)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in bundle))
 
 
 def check(device, x, *matrices, **options):
