@@ -123,3 +123,31 @@ def test_limited_attention(v2):
 def test_attention_without_a_bound(build, lipschitz):
     with pytest.raises(ValueError, match=f"lipschitz={lipschitz} for a {build.__name__}"):
         vqgnn.nn.limit_attention(build(6, 8, 2, 3), lipschitz)
+
+
+@kinds
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_are_projected_block_by_block(build, compiled, monkeypatch):
+    """And dropped alike in both passes, though not kept between them: the gradient is that of blocks that are kept."""
+    data, found = graph(), []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.net = torch.nn.Dropout(0.5), build(6, 8, 1, 3, heads=2)
+
+        def forward(self, x, edge_index):
+            return self.net(self.drop(x), edge_index)
+
+    monkeypatch.setattr("vqgnn.attention._BLOCK", 6 * 30)
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr("vqgnn.attention.checkpoint", lambda run, *args, use_reentrant: run(*args))
+        torch.manual_seed(0)
+        model = vqgnn.convert(Model(), data, method="gas")
+        step = torch.compile(model, backend="aot_eager") if compiled else model
+        batch = next(iter(batches(data, 40)))
+        assert batch.graph.csr(model.net.convs[0].store_use.convolution)[0].halo.numel() > 60
+        F.cross_entropy(step(batch.x, batch.graph), batch.y).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found)

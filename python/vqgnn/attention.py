@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.typing import OptPairTensor, OptTensor, PairTensor
 
 from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
@@ -17,6 +18,8 @@ from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
 from .store import Neighbours
 from .store_conv import StoreConv, require
+
+_BLOCK = 2**24  # numbers: of the halo's features so many are projected at once
 
 
 def entries(csr: CSR, rows: Rows) -> Tensor:
@@ -48,7 +51,10 @@ class Attention(StoreConv):
     """
 
     fixed = False
-    input_slices = "bipartite"
+    input_slices = ("exact_neighbours", "halo_transpose")
+
+    def slices(self) -> tuple[str, ...]:
+        return ("halo_transpose",) if self.store_use.inputs else super().slices()
 
     @property
     def softmax_heads(self) -> int:
@@ -75,22 +81,35 @@ class Attention(StoreConv):
         if not self.store_use.inputs:
             return self.batch_messages(source, neighbours, query)
         csr, rows, csr_t, dropout = *neighbours[:3], neighbours.dropout
-        halo = source[:0] if rows is None else pull_rows(rows, entries(csr, rows), source.size(1))
-        return self._bipartite_messages(source, halo, dropout, csr._replace(halo=None), csr_t, query)
+        if rows is None:
+            halo = self.message_input(source[:0])
+        else:
+            halo = self._project(rows, entries(csr, rows), source, dropout)
+        return self._projected_messages(source, halo, csr, csr_t, query)
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
-        csr, csr_t, halo = graph.bipartite(self.store_use.convolution)
+        convolution = self.store_use.convolution
+        csr, rows, *_ = graph.exact_neighbours(convolution)
         dropout = dropped(x)[1] if self.training else 0.0
-        return self._bipartite_messages(x, halo, dropout, csr, csr_t, self.message_query(x))[0]
+        blocks = entries(csr, rows).split(max(1, _BLOCK // x.size(1)))
+        if len(blocks) == 1:
+            halo = [self._project(rows, blocks[0], x, dropout)]
+        else:  # not kept for backward but read again: features do not change, and may be wide
+            halo = [checkpoint(self._project, rows, block, x, dropout, use_reentrant=False) for block in blocks]
+        csr_t = graph.halo_transpose(convolution)
+        return self._projected_messages(x, torch.cat(halo), csr, csr_t, self.message_query(x))[0]
 
-    def _bipartite_messages(
-        self, x: Tensor, halo: Tensor, dropout: float, csr: CSR, csr_t: CSR | None, query: Tensor | None
+    def _project(self, rows: Rows, halo: Tensor, like: Tensor, dropout: float) -> Tensor:
+        """[h, f]: what rows of a table of inputs, [N, channels of `like`], tell with the present weights."""
+        return self.message_input(F.dropout(pull_rows(rows, halo, like.size(1)), dropout).to(like.dtype))
+
+    def _projected_messages(
+        self, x: Tensor, halo: Tensor, csr: CSR, csr_t: CSR | None, query: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`batch_messages` of inputs x [b, f] and of the halo's [h, f]."""
-        halo = F.dropout(halo, dropout).to(x.dtype)
+        """`batch_messages` of inputs x [b, channels] and of what the halo tells [h, f]."""
         # apart: in one product with x, the halo's rows would be given gradients, too
-        source = torch.cat([self.message_input(x), self.message_input(halo)])
-        return self.batch_messages(source, Neighbours(csr, None, csr_t), query)
+        source = torch.cat([self.message_input(x), halo])
+        return self.batch_messages(source, Neighbours(csr._replace(halo=None), None, csr_t), query)
 
     def attend(self, source: Tensor, neighbours: Neighbours, query: Tensor, **options) -> tuple[Tensor, Tensor]:
         """Messages [r, heads * width] and their log-sum-exp [r, heads]; the options are attention_aggregate's."""

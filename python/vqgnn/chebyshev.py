@@ -28,8 +28,8 @@ class ChebHop(StoreConv, nn.Module):
         return self._convolution
 
     @property
-    def input_slices(self) -> str:
-        return "exact_neighbours" if self.index == 0 else "csr"
+    def input_slices(self) -> tuple[str, ...]:
+        return ("exact_neighbours" if self.index == 0 else "csr",)
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
         if self.index == 0:

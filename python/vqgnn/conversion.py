@@ -209,9 +209,7 @@ def convert(
     graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        exact = use.input == "rows" or use.inputs or isinstance(conv, GenericConv)
-        slices = conv.input_slices if exact else "csr"
-        graph.wanted[use.convolution, conv.input_product if use.input == "precompute" else slices] = None
+        graph.wanted |= dict.fromkeys((use.convolution, name) for name in conv.slices())
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only

@@ -110,7 +110,7 @@ def _layer_error(
 
     def messages(neighbours: Neighbours) -> Tensor:
         if conv.store_use.inputs:
-            neighbours = neighbours._replace(csr_t=batch.graph.bipartite(convolution)[1])
+            neighbours = neighbours._replace(csr_t=batch.graph.halo_transpose(convolution))
         return conv.state_messages(source, neighbours, conv.message_query(source.detach()))[0]
 
     truth = messages(Neighbours(csr, Rows("fp32", exact), csr_t))

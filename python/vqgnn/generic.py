@@ -61,9 +61,8 @@ class GenericConv(StoreConv):
             return self.pyg_class.edge_updater(self, edge_index, size=size, **kwargs)
         return self._visitor.edge_updater(self, edge_index, kwargs)
 
-    @property
-    def input_slices(self) -> str:
-        return "valued_edges" if self.survey.valued else "edges"
+    def slices(self) -> tuple[str, ...]:
+        return ("valued_edges" if self.survey.valued else "edges",)
 
     def convolution(self) -> None:
         """Known from the survey alone."""

@@ -381,9 +381,9 @@ class BatchGraph:
         """
         return self._once("csr", convolution)
 
-    def bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
-        """The batch's rows of C [b, b + h] over rows of batch and halo, its transpose, and the halo's x [h, f]."""
-        return self._once("bipartite", convolution)
+    def halo_transpose(self, convolution: Convolution) -> CSR:
+        """[b + h, b]: of the batch's rows of C, by which the halo's rows are given gradients as its own are."""
+        return self._once("halo_transpose", convolution)
 
     def input_messages(self, convolution: Convolution) -> Tensor:
         """The batch's rows of C X [b, f]."""
@@ -453,19 +453,16 @@ class BatchGraph:
             weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
         return CSR(rowptr_b, col_b, weight, halo)
 
-    def _make_bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
+    def _make_halo_transpose(self, convolution: Convolution) -> CSR:
         csr, csr_t = self.csr(convolution)
-        none = self.n_id.new_empty(0)
-        if not self.whole:
-            b, h, e = self.n_id.numel(), csr.halo.numel(), csr.col.numel()
-            order = torch.argsort(csr.col, stable=True)
-            row = torch.arange(b, dtype=torch.int32, device=order.device)
-            row = row.repeat_interleave(csr.rowptr.diff(), output_size=e)
-            rowptr_t = torch.searchsorted(
-                csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device)
-            )
-            csr_t = CSR(rowptr_t, row[order], None if csr.weight is None else csr.weight[order], none)
-        return csr._replace(halo=none), csr_t, self.graph.x[csr.halo]
+        if self.whole:
+            return csr_t
+        b, h, e = self.n_id.numel(), csr.halo.numel(), csr.col.numel()
+        order = torch.argsort(csr.col, stable=True)
+        row = torch.arange(b, dtype=torch.int32, device=order.device)
+        row = row.repeat_interleave(csr.rowptr.diff(), output_size=e)
+        rowptr = torch.searchsorted(csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device))
+        return CSR(rowptr, row[order], None if csr.weight is None else csr.weight[order], self.n_id.new_empty(0))
 
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         product = self.graph.product(convolution)
@@ -584,8 +581,8 @@ class MovedBatch(BatchGraph):
             csrs = tuple(csr._replace(halo=None) for csr in csrs)
         return self._moved(csrs)
 
-    def _make_bipartite(self, convolution: Convolution) -> tuple[CSR, CSR, Tensor]:
-        return self._moved(self._origin.bipartite(convolution))
+    def _make_halo_transpose(self, convolution: Convolution) -> CSR:
+        return self._moved(self._origin.halo_transpose(convolution))
 
     def _make_input_messages(self, convolution: Convolution) -> Tensor:
         return self._moved(self._origin.input_messages(convolution))

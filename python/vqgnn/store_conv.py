@@ -49,7 +49,7 @@ class StoreConv:
 
     store_use: StoreUse | None = None
     fixed = True  # whether messages are C X with a matrix C known beforehand
-    input_slices = "exact_neighbours"  # the method of BatchGraph that `input_messages` calls
+    input_slices: tuple[str, ...] = ("exact_neighbours",)  # the methods of BatchGraph that `input_messages` calls
     chains = True  # whether x and a batch's graph are all that it takes
     softmax_heads = 0  # of which a store of gradients must keep the softmax
     query_channels = 0  # of an attention's queries, where they do not follow from what neighbours are told
@@ -68,6 +68,13 @@ class StoreConv:
         if edge_index.run is not None:
             return edge_index.run(self, x, edge_index)
         return self.combine(x, self._messages(x, edge_index))
+
+    def slices(self) -> tuple[str, ...]:
+        """The methods of BatchGraph that a batch of it calls: the loader's thread has called them by then."""
+        use = self.store_use
+        if use.input == "precompute":
+            return (self.input_product,)
+        return ("csr",) if use.input is None else self.input_slices
 
     def convolution(self) -> Convolution:
         """The matrix C of this conv (attention: its pattern); raises ValueError for options that have none."""
@@ -124,7 +131,7 @@ class StoreConv:
             return graph.input_messages(use.convolution)
         require_whole(use, graph)
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
-            graph.graph.wanted[use.convolution, self.input_slices] = None
+            graph.graph.wanted |= dict.fromkeys((use.convolution, name) for name in self.input_slices)
             return self.input_messages(x, graph)
         source, query, store = self.state(x), self.message_query(x), use.store
         kept, kept_query = source, query  # what the store is given of them
@@ -142,7 +149,7 @@ class StoreConv:
         if source is x:  # where the store has what comes of x, dropping that would be another noise
             neighbours = neighbours._replace(dropout=share)
         if use.inputs:  # the gradient goes through the halo's rows to the projection
-            neighbours = neighbours._replace(csr_t=graph.bipartite(use.convolution)[1])
+            neighbours = neighbours._replace(csr_t=graph.halo_transpose(use.convolution))
         query_all = query if asked is None else torch.cat([query, asked])
         messages, lse = self.state_messages(source, neighbours, query_all)
         if self.training:
