@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
+import plots
 import results
+from plots import PLOTS, plt
 from settings import (
     ABLATION_DATASET,
     ABLATION_LR,
@@ -34,11 +35,8 @@ from settings import (
 
 from vqgnn.files import atomic_write
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, README, PLOTS = ROOT / "docs" / "results.md", ROOT / "README.md", results.FOLDER / "plots"
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 MARK = "<!-- written by `python benchmarks/accuracy render` -->\n"  # in README, before the table
 OURS, CLUSTERS = "vq", "vq-cluster"
 SUMMARY = ("full", OURS, "gas", "lmc", "cluster-gcn", "saint-rw", "drop")  # in README
@@ -312,7 +310,7 @@ def plot_time(rows: results.Rows, curves: dict) -> None:
     axis.set_ylim(bottom=64)
     axis.set_title(f"{TIMED_DATASET}, {TIMED_MODEL.upper()}, one thread")
     figure.legend(loc="outside right", fontsize=7)
-    _save(figure, "accuracy-time")
+    plots.save(figure, "accuracy-time")
 
 
 def plot_memory(table: Table) -> None:
@@ -327,7 +325,7 @@ def plot_memory(table: Table) -> None:
                 axis.scatter(x, y, marker=marker, color=COLOURS(number % 20), label=label)
     axis.set(xlabel="peak memory above the data, MB", ylabel="test accuracy, %", title=dataset)
     figure.legend(loc="outside right", fontsize=7)
-    _save(figure, "accuracy-memory")
+    plots.save(figure, "accuracy-memory")
 
 
 def plot_ablations(rows: results.Rows) -> None:
@@ -349,14 +347,7 @@ def plot_ablations(rows: results.Rows) -> None:
         axis.set_ylim(min(tests) - 1, 94)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
-    _save(figure, "ablations")
-
-
-def _save(figure, name: str) -> None:
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        figure.savefig(PLOTS / f"{name}.{kind}", dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    plt.close(figure)
+    plots.save(figure, "ablations")
 
 
 def targets(table: Table, rows: results.Rows, curves: dict) -> str:

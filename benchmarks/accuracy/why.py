@@ -26,10 +26,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
+import plots
 import results
 import torch
 import worker
+from plots import plt
 from settings import BATCHES, Run
 from torch import Tensor, nn
 
@@ -41,9 +42,6 @@ from vqgnn.inference import layerwise
 from vqgnn.loader import Batch, BatchLoader
 from vqgnn.store import NodeStore
 from vqgnn.train import Trainer, build_model, no_denormals
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DATASET, MODEL, LR = "amazon-computers", "gcn", 0.01
 METHODS = {
@@ -383,10 +381,7 @@ def plot(rows: list[dict]) -> None:
     axes[1][2].set(title="validation accuracy, dropout 0.3", xlabel="epoch", ylim=(0.5, 0.95))
     for axis in axes.flat:
         axis.legend(fontsize=7)
-    folder = results.FOLDER / "plots"
-    folder.mkdir(exist_ok=True)
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"why.{kind}", dpi=110)
+    plots.save(figure, "why")
 
 
 def main() -> None:
