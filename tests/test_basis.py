@@ -28,7 +28,7 @@ def check_orthonormal(basis):
 def test_first_batch_gives_its_principal_directions():
     found = directions()
     x, basis = rows(found), Basis(DIM, RANK)
-    basis.update(x, first=True)
+    basis.update(x)
     check_orthonormal(basis)
     best = torch.linalg.svdvals(x.double()).square()
     assert captured(basis, x) == pytest.approx(float(best[:RANK].sum() / best.sum()), abs=0.01)  # of some of its rows
@@ -36,11 +36,11 @@ def test_first_batch_gives_its_principal_directions():
 
 def test_follows_rows_that_turn():
     found, basis = directions(), Basis(DIM, RANK)
-    for step in range(120):
+    for _ in range(120):
         turn = 1e-3 * torch.randn(DIM, DIM)
         found = torch.linalg.matrix_exp(turn - turn.T) @ found
         x = rows(found)
-        basis.update(x, first=step == 0)
+        basis.update(x)
     check_orthonormal(basis)
     best = float((x @ found[:, :RANK]).square().sum() / x.square().sum())
     assert captured(basis, x) > best - 0.01
@@ -48,12 +48,12 @@ def test_follows_rows_that_turn():
 
 def test_finds_other_directions_step_by_step():
     basis, x = Basis(DIM, RANK), rows(directions())
-    basis.update(x, first=True)
+    basis.update(x)
     found = directions()
     x = rows(found)
     before = captured(basis, x)
     for _ in range(80):
-        basis.update(x, first=False)
+        basis.update(x)
     check_orthonormal(basis)
     best = float((x @ found[:, :RANK]).square().sum() / x.square().sum())
     assert captured(basis, x) > best - 0.01 > before
@@ -62,10 +62,10 @@ def test_finds_other_directions_step_by_step():
 def test_stands_still_where_rows_do():
     """The same span, so the same vectors, though the sizes within it change: coordinates keep their meaning."""
     found, basis = directions()[:, :RANK], Basis(DIM, RANK)
-    basis.update(torch.randn(2000, RANK) * torch.logspace(0, -1, RANK) @ found.T, first=True)
+    basis.update(torch.randn(2000, RANK) * torch.logspace(0, -1, RANK) @ found.T)
     before = basis.vectors.clone()
     for _ in range(20):
-        basis.update(torch.randn(2000, RANK) * torch.logspace(-1, 0, RANK) @ found.T, first=False)
+        basis.update(torch.randn(2000, RANK) * torch.logspace(-1, 0, RANK) @ found.T)
     torch.testing.assert_close(basis.vectors, before, atol=1e-3, rtol=0)
 
 
@@ -73,21 +73,21 @@ def test_stands_still_where_rows_do():
 def test_few_directions_none_and_any_size(size):
     basis = Basis(DIM, RANK)
     x = size * torch.randn(500, 5) @ torch.randn(5, DIM)  # of lower rank than the basis
-    for step in range(30):
-        basis.update(x, first=step == 0)
+    for _ in range(30):
+        basis.update(x)
     assert captured(basis, x) == pytest.approx(1, abs=1e-4)
     for _ in range(100):
-        basis.update(torch.zeros(10, DIM), first=False)
-    basis.update(torch.randn(1, DIM), first=False)
+        basis.update(torch.zeros(10, DIM))
+    basis.update(torch.randn(1, DIM))
     check_orthonormal(basis)
 
 
 def test_nothing_to_begin_with():
     basis = Basis(DIM, RANK)
-    basis.update(torch.zeros(10, DIM), first=True)
+    basis.update(torch.zeros(10, DIM))
     check_orthonormal(basis)
     x = rows(directions())
     for _ in range(80):
-        basis.update(x, first=False)
+        basis.update(x)
     check_orthonormal(basis)
     assert captured(basis, x) > 0.9

@@ -60,12 +60,13 @@ def test_stores_are_there_where_state_is_needed(data):
     model = vqgnn.convert(GCN(6, 8, 2, 3), data, codec="pq:d=2,k=7", decay=0.5, grad=False)
     (store,) = vqgnn.stores(model).values()
     assert str(store.codec) == "pq:d=2,k=7" and store.codebook.decay == 0.5 and not store.grad
-    for grad in (None, True):  # attention keeps gradients on request alone
-        (store,) = vqgnn.stores(vqgnn.convert(GAT(6, 8, 2, 3), data, grad=grad)).values()
+    for grad in (None, True):  # beside what it tells neighbours, attention keeps gradients on request alone
+        options = {"grad": grad, "attention_state": "projected"}
+        (store,) = vqgnn.stores(vqgnn.convert(GAT(6, 8, 2, 3), data, **options)).values()
         assert store.grad == bool(grad) and (store.softmax is not None) == bool(grad)
-    for build, dim in ((GATv2, 8), (Transformer, 16)):  # inputs; with gradients, keys and values, and queries
+    for build, dim in ((GATv2, 8), (Transformer, 16)):  # inputs; of what is told, keys and values, and queries
         assert [store.dim for store in vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data)).values()] == [8]
-        found = vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data, grad=True))
+        found = vqgnn.stores(vqgnn.convert(build(6, 8, 2, 8), data, grad=True, attention_state="projected"))
         assert {name: (store.dim, store.grad) for name, store in found.items()} == {
             "convs.1": (dim, True), "convs.1.query": (8, False),
         }  # fmt: skip
@@ -247,4 +248,5 @@ def test_autocast_keeps_the_state_in_fp32(build, method, dtype, data):
     # PyG's own GAT moves by up to 5 % here: a softmax magnifies the rounding of its scores
     assert (ours - theirs).norm() < (0.15 if build in (GAT, GATv2) else 0.1) * theirs.norm()
     for store in vqgnn.stores(model).values():
-        assert all(b.dtype == torch.float32 for b in store.buffers() if b.is_floating_point())
+        kinds = {name: table.dtype for name, table in store.named_buffers() if table.is_floating_point()}
+        assert {kind for name, kind in kinds.items() if "pending" not in name} == {torch.float32}

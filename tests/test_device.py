@@ -80,6 +80,7 @@ def test_a_store_refuses_rows_of_another_device(codec):
     store = NodeStore(500, 10, codec, grad=True).to("meta")
     if store.codebook is not None:
         store.codebook.updates, store.codebook.grad_seen = 3, True  # k-means on the first batch has run
+        store.codebook.basis.seen = True
     n_id, x = torch.empty(40, dtype=torch.int64, device="meta"), torch.empty(40, 10, device="meta")
     store.push(n_id, x)
     store.push(n_id, x, x)

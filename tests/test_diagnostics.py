@@ -105,7 +105,8 @@ def test_gradients_are_those_of_dense_matrices(place, data, tmp_path):
 @pytest.mark.parametrize("name", ["gcn", "gat"])
 def test_settled_gradients_have_no_error(name, data):
     """With frozen weights what is stored becomes exact, of an attention too; there no bound is known."""
-    model = vqgnn.convert(build(name, data), data, "lmc", "fp32", grad=True)
+    options = {"attention_state": "projected"} if name == "gat" else {}
+    model = vqgnn.convert(build(name, data), data, "lmc", "fp32", grad=True, **options)
     for _ in range(6):
         for batch in vqgnn.BatchLoader(data, batch_size=13):
             (F.cross_entropy(model(batch.x, batch.graph), batch.y, reduction="sum") / 13).backward()

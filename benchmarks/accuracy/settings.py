@@ -16,6 +16,7 @@ HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated
 # What is kept of nodes, and how it is read: rows of runs that did otherwise do not count.
 STATES = {"gat": "inputs before dropout, dropped afresh", "": "before dropout, dropped afresh"}
 GRADIENTS = "coordinates in a basis"  # what codes say of gradients, where a codec does not
+PENDING = "gradients of inputs, pending"  # what an attention keeps of them
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of ours, "auto" below: by validation at seed 0
@@ -106,6 +107,9 @@ METHODS = {
         "ours, gradients by channel", "vq", codec=f"{CODEC},e=4", optimizer="auto", models=("gcn", "sage")
     ),
     "vq-forward": _ours("ours, no gradients", "vq", codec=CODEC, grad="off", optimizer="auto"),
+    "vq-cluster-forward": _ours(
+        "ours, clusters, no gradients", "vq", "cluster", codec=CODEC, grad="off", optimizer="auto", models=("gat",)
+    ),
     "vq-adam": _ours("ours, Adam", "vq", codec=CODEC, models=("gcn", "sage")),
     "vq-rmsprop": _ours("ours, RMSprop", "vq", codec=CODEC, optimizer="rmsprop", models=("gat",)),
     "vq-projected": _ours(
@@ -128,7 +132,7 @@ METHODS = {
         lacks=("coauthor-physics",),  # codes of 8,415 features a node: 2,104 codebooks
     ),
     # what codes cost: the same with rows as they are
-    "lmc-node": _ours("fp32 rows and gradients, random nodes", "lmc", optimizer="auto", models=("gcn", "sage")),
+    "lmc-node": _ours("fp32 rows and gradients, random nodes", "lmc", optimizer="auto"),
     "drop": _ours("no halo, exact input layer, random nodes", "drop"),
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
@@ -199,6 +203,9 @@ class Run:
         codes_of_both = options.get("method") == "vq" and self.model != "gat" and options.get("grad") != "off"
         if codes_of_both and ",e=" not in options["codec"]:
             what.append(GRADIENTS)
+        of_inputs = self.model == "gat" and options.get("attention_state") != "projected"
+        if of_inputs and options.get("method") in ("vq", "lmc") and options.get("grad") != "off":
+            what.append(PENDING)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -84,7 +85,7 @@ class Attention(StoreConv):
         if rows is None:
             halo = self.message_input(source[:0])
         else:
-            halo = self._project(rows, entries(csr, rows), source, dropout)
+            halo = self._project(rows, entries(csr, rows), source, dropout, neighbours.exchange)
         return self._projected_messages(source, halo, csr, csr_t, query)
 
     def input_messages(self, x: Tensor, graph: BatchGraph) -> Tensor:
@@ -99,9 +100,13 @@ class Attention(StoreConv):
         csr_t = graph.halo_transpose(convolution)
         return self._projected_messages(x, torch.cat(halo), csr, csr_t, self.message_query(x))[0]
 
-    def _project(self, rows: Rows, halo: Tensor, like: Tensor, dropout: float) -> Tensor:
+    def _project(
+        self, rows: Rows, halo: Tensor, like: Tensor, dropout: float, exchange: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """[h, f]: what rows of a table of inputs, [N, channels of `like`], tell with the present weights."""
-        return self.message_input(F.dropout(pull_rows(rows, halo, like.size(1)), dropout).to(like.dtype))
+        x = pull_rows(rows, halo, like.size(1))
+        x = x if exchange is None else exchange(x)
+        return self.message_input(F.dropout(x, dropout).to(like.dtype))
 
     def _projected_messages(
         self, x: Tensor, halo: Tensor, csr: CSR, csr_t: CSR | None, query: Tensor | None

@@ -26,10 +26,18 @@ class Basis(nn.Module):
         super().__init__()
         self.register_buffer("vectors", torch.eye(dim, rank))
         self.register_buffer("moments", torch.zeros(dim, dim))
+        self.seen = False  # whether there was a batch; of the host: asking a GPU would stall every step
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = bool(state)
 
     @torch.no_grad()
-    def update(self, x: Tensor, first: bool) -> None:
+    def update(self, x: Tensor) -> None:
         """Learn from rows x [b, f]; the first batch gives its principal directions."""
+        first, self.seen = not self.seen, True
         some = x[:: -(-x.size(0) // _ROWS)]
         moments = some.T @ some
         moments /= moments.trace().clamp(min=1e-30)  # a batch counts by where its rows lie, not by their size

@@ -93,7 +93,7 @@ class Codebook(nn.Module):
         """
         first_grad = g is not None and not self.grad_seen
         if g is not None and self.basis is not None:
-            self.basis.update(g, first_grad)
+            self.basis.update(g)
         v = self._pack(x, g)
         mean, var = _moments(v)
         self._smooth(mean, var, g is not None, first_grad)

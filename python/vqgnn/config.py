@@ -94,7 +94,7 @@ class Config:
     attention_state: Literal["input", "projected"] | None = option(
         None,
         "What is kept for an attention: its input (the more accurate), or what it tells neighbours (the leaner). "
-        "[default: input; projected with --grad on]",
+        "[default: input]",
     )
     norm: Literal["batch", "layer", "none"] = option("batch", "Normalisation after every hidden layer.")
     residual: bool | None = option(

@@ -77,13 +77,14 @@ def convert(
             in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
             conv is an attention. Of a HeteroData, "auto" is rows: C X is a table for every edge type.
         grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
-            convolutions and wherever messages are summed; not for attention, where the weights of out-of-batch messages
-            follow a softmax that has gone stale, and training diverges (README, limits); nor for max, mean, std, ...,
-            where it is exact too, but reads the rows of all nodes within two hops of a batch.
-        attention_state: what is kept for a fused attention: its "input", which reaches full batch's accuracy on more
-            graphs, and of which the halo's rows are decoded and projected in every batch; or what it tells neighbours,
-            "projected", which is read as it lies, with less memory, and has gradients where `grad` asks for them.
-            Default: the input, unless grad=True.
+            convolutions, for inputs of a fused attention and wherever messages are summed; not for projected states of
+            an attention, where the weights of out-of-batch messages follow a softmax that has gone stale, and training
+            diverges (docs/why.md); nor for max, mean, std, ..., where it is exact too, but reads the rows of all nodes
+            within two hops of a batch.
+        attention_state: what is kept for a fused attention: its "input" (default), which reaches full batch's accuracy
+            on more graphs, and of which the halo's rows are decoded and projected in every batch; or what it tells
+            neighbours, "projected", which is read as it lies, with less memory. Gradients of inputs are left by a batch
+            for the next batches of the nodes that it has read (`NodeStore.leave`): on a GPU where the states are, too.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
         forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
@@ -111,8 +112,6 @@ def convert(
     if attention_state not in (None, *ATTENTION_STATES):
         allowed = ", ".join(ATTENTION_STATES)
         raise ValueError(f"attention_state={attention_state!r} is unknown; choose one of {allowed}, or leave it out")
-    if attention_state == "input" and grad:
-        raise ValueError("attention_state='input', grad=True: gradients go with projected states; use 'projected'")
     codec = default_codec if codec is None else Codec.parse(codec)
     if codec is not None and (Codec.parse(codec).name == "pq") != (method == "vq"):
         allowed = "pq:d=D,k=K" if method == "vq" else "fp32, fp16, int8 or int4"
@@ -166,11 +165,14 @@ def convert(
                 if use.input is None:
                     if codec is not None and isinstance(conv, Attention):
                         attentive = True
-                        use.inputs = attention_state != "projected" and not grad
-                        dim = conv.in_channels if use.inputs else dim
-                    heads = conv.softmax_heads
-                    wanted.append((use, "store", {**shape, "dim": dim, "grad": keep, "heads": heads}))
-                    if keep and conv.query_channels:
+                        use.inputs = attention_state != "projected"
+                    if use.inputs:
+                        pending = (default_grad if grad is None else grad) and not sees_features
+                        more = {"dim": conv.in_channels, "grad": False, "pending": pending}
+                    else:
+                        more = {"dim": dim, "grad": keep, "heads": conv.softmax_heads}
+                    wanted.append((use, "store", shape | more))
+                    if keep and conv.query_channels and not use.inputs:
                         wanted.append((use, "queries", {**shape, "dim": conv.query_channels, "grad": False}))
                 continue
             if device != graph.x.device:
@@ -232,7 +234,9 @@ def _make_stores(
     where = {"place": place, "folder": folder, "device": device}
     if wanted and place in ("host", "disk"):
         where["engine"] = TransferEngine(device=device)
+    beside = device.type == "cpu" or place == "device"  # what is pending is added up where it is computed
     for owner, attribute, shape in wanted:
+        shape = shape | {"pending": shape.get("pending", False) and beside}
         setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
     return place, folder
 

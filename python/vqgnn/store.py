@@ -18,6 +18,7 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
 
 from . import tables
+from .basis import Basis
 from .codebook import Codebook
 from .places import PLACES
 from .transfer import Ticket, TransferEngine
@@ -42,6 +43,17 @@ def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tenso
     return torch.empty_like(g)
 
 
+def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor) -> Tensor:
+    store = _STORES[handle]
+    store.leave(halo, g)
+    return store.collect(n_id)
+
+
+def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor) -> Tensor:
+    return g.new_empty(n_id.numel(), g.size(1))
+
+
+kernels.register("exchange(int handle, Tensor halo, Tensor g, Tensor n_id) -> Tensor", _exchange, _exchange_fake)
 kernels.register(
     "record(int handle, Tensor n_id, Tensor x, Tensor g, Tensor? softmax=None) -> Tensor", _record, _record_fake
 )
@@ -103,7 +115,7 @@ class Neighbours(NamedTuple):
 
     rows, rows_t: states of csr's and of csr_t's halo; grad_rows, softmax [h_t, 2, heads]: gradients of csr_t's, and
     the softmax of an attention. dropout: share of `rows` to be dropped. grad_basis [f, r]: what grad_rows are
-    coordinates in.
+    coordinates in. exchange: what decoded rows pass through, so that their gradients reach their nodes.
     """
 
     csr: CSR
@@ -114,6 +126,26 @@ class Neighbours(NamedTuple):
     softmax: Tensor | None = None
     dropout: float = 0.0
     grad_basis: Tensor | None = None
+    exchange: Callable[[Tensor], Tensor] | None = None
+
+
+class Exchange(torch.autograd.Function):
+    """Decoded rows of a batch's halo, as they are.
+
+    In the backward pass their gradients are left in the store for their nodes' next batches, and what other batches
+    have left for this one's nodes joins the gradient of their states `own`.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor) -> Tensor:
+        ctx.handle, ctx.dtype = handle, own.dtype
+        ctx.save_for_backward(halo, n_id)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        halo, n_id = ctx.saved_tensors
+        return None, torch.ops.vqgnn.exchange(ctx.handle, halo, g, n_id).to(ctx.dtype), None, None, None
 
 
 class NodeStore(nn.Module):
@@ -129,6 +161,9 @@ class NodeStore(nn.Module):
         seed: of the codebook.
         heads: with grad, of an attention whose softmax over each node's neighbours is kept too, in 8 bytes a head:
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
+        pending: keep the gradients that a node's state is given by messages to nodes of other batches, of this epoch
+            and the last (`leave`, `collect`): of fp32 rows 8 bytes a channel, of other rows 4; with codes f / 8
+            coordinates in a `Basis`, of 4 bytes.
         place: where the tables lie: "device" (the model's), "host" (RAM) or "disk" (memory-mapped scratch files). From
             the last two, batches on a GPU get their halo's rows, encoded, through a `TransferEngine`; on the CPU those
             on disk are read in place, once the engine has read ahead. "pinned" is RAM that a GPU's kernels read and
@@ -147,6 +182,7 @@ class NodeStore(nn.Module):
         grad: bool = True,
         seed: int = 0,
         heads: int = 0,
+        pending: bool = False,
         place: str = "device",
         folder: str | Path | None = None,
         device: torch.device | str | None = None,
@@ -185,6 +221,15 @@ class NodeStore(nn.Module):
             softmax = zeros(num_nodes, 2, heads)
             softmax[:, 0] = torch.inf  # of a node never pushed: exp(score - inf) = 0, so it sends no gradient
         self.register_buffer("softmax", softmax)
+        tables_of, self.pending_basis = (None, None), None
+        if pending:
+            rank = -(-dim // 8) if self.codebook else dim
+            kind = torch.float32 if self.codec.name == "fp32" else torch.bfloat16
+            tables_of = zeros(num_nodes, rank, dtype=kind), zeros(num_nodes, rank, dtype=kind)
+            self.pending_basis = Basis(dim, rank) if rank < dim else None
+        for name, table in zip(("pending", "pending_next"), tables_of, strict=True):
+            self.register_buffer(name, table)
+        self._collected = 0  # nodes, in this epoch
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -347,6 +392,35 @@ class NodeStore(nn.Module):
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
+    @torch.no_grad()
+    def leave(self, n_id: Tensor, g: Tensor) -> None:
+        """Keep gradients g [h, dim] of states that a batch has read, of different n_id [h], for the next epoch."""
+        if n_id.numel() == 0:
+            return
+        g = g.float()
+        if self.pending_basis is not None:
+            self.pending_basis.update(g)
+            g = g @ self.pending_basis.vectors
+        table = self.pending_next
+        table[n_id] = (table[n_id].float() + g).to(table.dtype)
+
+    @torch.no_grad()
+    def collect(self, n_id: Tensor) -> Tensor:
+        """[b, dim] fp32: what the last epoch's batches have left for nodes n_id [b].
+
+        Of a whole epoch, in which each node was in a batch, it is what a node's neighbours send, once, but for those
+        that were in its own batch. Had it been taken since the node's own last batch, some would send twice and some
+        not at all, which does more harm than that it is older. An epoch is over when as many nodes as there are were
+        asked for.
+        """
+        g = self.pending[n_id].float()
+        self._collected += n_id.numel()
+        if self._collected >= self.num_nodes:
+            self._collected = 0
+            self.pending.copy_(self.pending_next)
+            self.pending_next.zero_()
+        return g if self.pending_basis is None else g @ self.pending_basis.vectors.T
+
     def fill(self, rows: Tensor, progress: bool = False) -> None:
         """Push the states of all nodes, rows [n, dim], in random order."""
         n = rows.size(0)
@@ -447,7 +521,8 @@ class NodeStore(nn.Module):
         tables.load(path, self.tables, {**self._about(), **about})
 
     def _about(self) -> dict[str, Any]:
-        return {"codec": str(self.codec), "nodes": self.num_nodes, "dim": self.dim, "grad": self.grad}
+        kept = "pending" if self.pending is not None else self.grad
+        return {"codec": str(self.codec), "nodes": self.num_nodes, "dim": self.dim, "grad": kept}
 
     @property
     def nbytes(self) -> int:

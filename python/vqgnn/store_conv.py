@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from vqgnn_kernels import aggregate
 
 from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
-from .store import Neighbours, NodeStore
+from .store import Exchange, Neighbours, NodeStore
 
 INPUTS = ("auto", "precompute", "rows", "codes")
 
@@ -41,7 +42,7 @@ class StoreUse:
             return {"precompute": "C x, computed once", "rows": "features"}[self.input]
         if self.store is None:
             return "none: batches are the graph" if self.whole else "none: dropped"
-        return str(self.store.codec) + ", with gradients" * self.store.grad
+        return str(self.store.codec) + ", with gradients" * (self.store.grad or self.store.pending is not None)
 
 
 class StoreConv:
@@ -150,6 +151,9 @@ class StoreConv:
             neighbours = neighbours._replace(dropout=share)
         if use.inputs:  # the gradient goes through the halo's rows to the projection
             neighbours = neighbours._replace(csr_t=graph.halo_transpose(use.convolution))
+            if self.training and store.pending is not None and clean.requires_grad:
+                halo = graph.csr(use.convolution)[0].halo
+                neighbours = neighbours._replace(exchange=_exchange(store, clean, halo, graph.n_id))
         query_all = query if asked is None else torch.cat([query, asked])
         messages, lse = self.state_messages(source, neighbours, query_all)
         if self.training:
@@ -207,6 +211,10 @@ def start_reading(graph: BatchGraph, use: StoreUse) -> None:
 @torch.compiler.disable
 def _stored(graph: BatchGraph, use: StoreUse) -> tuple[Neighbours, Tensor | None]:
     return graph.neighbours(use.store, use.convolution), _stored_queries(graph, use)
+
+
+def _exchange(store: NodeStore, own: Tensor, halo: Tensor, n_id: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: Exchange.apply(rows, own, store.handle, halo, n_id)
 
 
 def _stored_queries(graph: BatchGraph, use: StoreUse) -> Tensor | None:
