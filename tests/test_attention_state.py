@@ -1,6 +1,8 @@
 """What is kept for an attention: its input, projected where it is read, or the projection."""
 
 import copy
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_convert import GATv2, Transformer
 from torch_geometric.nn.models import GAT, GCN
 
 import vqgnn
+from vqgnn import conversion
 
 N = 200
 kinds = pytest.mark.parametrize("build", [GAT, GATv2, Transformer], ids=["gat", "gatv2", "transformer"])
@@ -103,6 +106,20 @@ def test_what_was_left_is_collected_an_epoch_later():
         plain, kept = (vqgnn.NodeStore(7, 128, codec, grad=False, pending=pending) for pending in (False, True))
         added = sum(table.nbytes for table in kept.tables.values()) - sum(t.nbytes for t in plain.tables.values())
         assert added == 7 * nbytes
+
+
+def test_state_beside_a_gpu_has_none(monkeypatch):
+    made = []
+    monkeypatch.setattr(conversion, "NodeStore", lambda **options: made.append(options["pending"]))
+    monkeypatch.setattr(conversion.NodeStore, "size_of", lambda **options: 0, raising=False)
+    monkeypatch.setattr(conversion, "TransferEngine", lambda **options: None)
+    wanted = [(SimpleNamespace(), "store", {"pending": pending}) for pending in (True, True, False)]
+    for device, place, expected in (("cuda", "device", True), ("cpu", "disk", True), ("cuda", "host", False)):
+        made.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            conversion._make_stores(wanted, torch.device(device), torch.device("cpu"), place, None, {})
+        assert made == [expected, expected, False]
+        assert ["place='host': gradients of an attention" in str(w.message) for w in caught] == [True] * (not expected)
 
 
 @kinds

@@ -207,12 +207,19 @@ ATTENTION = {
     "... gradients of the batch's messages only": {"method": "full", "exact": "messages"},
     "... of the batch's own projections only": {"method": "full", "exact": "projections"},
     "stored inputs, fp32": {"method": "gas"},
-    "stored inputs, vq": {"method": "vq"},
+    "stored inputs, vq": {"method": "vq", "grad": "off"},
+    "stored inputs, gradients pending, fp32": {"method": "lmc"},
+    "stored inputs, gradients pending, vq": {"method": "vq"},
     "stored projections, fp32": {"method": "gas", "attention_state": "projected"},
     "stored projections, vq": {"method": "vq", "attention_state": "projected"},
-    "stored projections and gradients, fp32": {"method": "lmc", "grad": "on"},
-    "stored projections and gradients, vq": {"method": "vq", "grad": "on"},
-    "the same, scores bounded (--lipschitz 0.5)": {"method": "vq", "grad": "on", "lipschitz": 0.5},
+    "stored projections and gradients, fp32": {"method": "lmc", "grad": "on", "attention_state": "projected"},
+    "stored projections and gradients, vq": {"method": "vq", "grad": "on", "attention_state": "projected"},
+    "the same, scores bounded (--lipschitz 0.5)": {
+        "method": "vq",
+        "grad": "on",
+        "attention_state": "projected",
+        "lipschitz": 0.5,
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -234,9 +235,16 @@ def _make_stores(
     where = {"place": place, "folder": folder, "device": device}
     if wanted and place in ("host", "disk"):
         where["engine"] = TransferEngine(device=device)
-    beside = device.type == "cpu" or place == "device"  # what is pending is added up where it is computed
+    # what is pending is added up where it is computed
+    if device.type != "cpu" and place != "device" and any(shape.get("pending") for _, _, shape in wanted):
+        wanted = [(*owner, shape | {"pending": False}) for *owner, shape in wanted]
+        warnings.warn(
+            f"place={place!r}: gradients of an attention are kept on the model's device alone; it trains without, and "
+            "is less accurate. Give place='device', or grad=False",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     for owner, attribute, shape in wanted:
-        shape = shape | {"pending": shape.get("pending", False) and beside}
         setattr(owner, attribute, NodeStore(**shape, **where, **codebook))
     return place, folder
 

@@ -127,8 +127,7 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     """
     from .conversion import METHODS
     from .places import choose
-    from .store import NodeStore
-    from .train import pick_device
+    from .train import pick_device, state_bytes
 
     device = pick_device("auto")
     n, hidden_layers, tensors = dataset.data.num_nodes, config.layers - (0 if config.learned else 1), 6
@@ -137,10 +136,8 @@ def _memory_estimate(dataset, config: Config) -> list[tuple[str, ...]]:
     title = f"memory, {config.layers} layers of {config.hidden}"
     rows = [(title, "node state", "activations of a batch", "a batch", "--place auto")]
     for method in ("vq", "lmc", "gas"):
-        codec, grad = METHODS[method]
-        for text in [codec] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
-            store = {"num_nodes": n, "dim": config.hidden, "codec": text, "grad": grad}
-            state = NodeStore.size_of(**store) * hidden_layers
+        for text in [METHODS[method][0]] if method == "vq" else ["fp32", "fp16", "int8", "int4"]:
+            state = state_bytes(config, n, method, text) * hidden_layers
             place = "{}: {}".format(*choose(state, device))
             rows.append((f"  {method} {text}", size(state), size(nodes * activations), f"{nodes:,} nodes", place))
     rows.append(("  drop", "0", size(nodes * activations), f"{nodes:,} nodes", ""))

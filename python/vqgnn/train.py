@@ -104,6 +104,16 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Modul
     return with_residuals(model, config, in_channels, out_channels)
 
 
+def state_bytes(config: Config, num_nodes: int, method: str, codec: str | None) -> int:
+    """Of the node state of a hidden layer."""
+    default, grad = METHODS[method]
+    if default is None:
+        return 0
+    inputs = config.model in ATTENTIONS and config.attention_state != "projected"
+    of_gradients = {"grad": grad and config.model not in ATTENTIONS, "pending": grad and inputs}
+    return NodeStore.size_of(num_nodes=num_nodes, dim=config.hidden, codec=codec or default, **of_gradients)
+
+
 def with_residuals(model: BasicGNN, config: Config, in_channels: int, out_channels: int) -> BasicGNN:
     """The model itself, with a linear map beside every layer where the config says so."""
     residual = config.task == "node" if config.residual is None else config.residual
@@ -244,10 +254,8 @@ class Trainer:
         config, data, cpu = self.config, self.dataset.data, torch.device("cpu")
         if self.device.type == "cpu" or isinstance(data, MappedData) or config.place not in ("auto", "device"):
             return cpu
-        codec, grad = METHODS[config.method]
-        hidden = {"num_nodes": data.num_nodes, "dim": config.hidden, "codec": config.codec or codec, "grad": grad}
         layers = config.layers if config.learned else config.layers - 1  # with a state: the features need none
-        state = 0 if codec is None else layers * NodeStore.size_of(**hidden)
+        state = layers * state_bytes(config, data.num_nodes, config.method, config.codec)
         edges = 2 * (8 + 2 * (4 + 4)) * data.num_edges  # edge_index, and C with its transpose
         place, _ = choose(2 * data.x.nbytes + edges + state, self.device)
         return self.device if place == "device" else cpu
