@@ -20,9 +20,6 @@ PENDING = "gradients of inputs, pending"  # what an attention keeps of them
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of ours, "auto" below: by validation at seed 0
-# Ours as it meets its peers: clusters against random nodes by validation at seed 0 are, in the mean, -0.0 (GCN), -0.2
-# (SAGE, both of 4 data sets) and +0.4 (GAT, 7). Against full batch it is random nodes that are in question.
-BEST = {"gcn": "vq", "sage": "vq", "gat": "vq-cluster"}
 
 
 @dataclass(frozen=True)
