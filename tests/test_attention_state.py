@@ -148,7 +148,8 @@ def test_what_is_kept():
 
     assert kept(GAT, method="gas") == kept(GAT, method="lmc", grad=False) == [(8, False, None), (8, False, None)]
     assert kept(GAT) == kept(GAT, grad=True) == [(8, False, 1), (8, False, 1)]
-    assert kept(GAT, method="lmc") == [(8, False, 8), (8, False, 8)]
+    assert kept(GAT, codec="pq:d=4,k=16,e=1") == [(8, False, 2), (8, False, 2)]
+    assert kept(GAT, codec="pq:d=4,k=16,e=4") == kept(GAT, method="lmc") == [(8, False, 8), (8, False, 8)]
     assert kept(GAT, input="codes")[0] == (6, False, None)  # nothing learns from features' gradients
     assert kept(GAT, attention_state="projected") == [(8, False, None), (3, False, None)]
     assert kept(GAT, grad=True, attention_state="projected") == [(8, True, None), (3, True, None)]

@@ -162,8 +162,8 @@ class NodeStore(nn.Module):
         heads: with grad, of an attention whose softmax over each node's neighbours is kept too, in 8 bytes a head:
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
         pending: keep the gradients that a node's state is given by messages to nodes of other batches, of this epoch
-            and the last (`leave`, `collect`): of fp32 rows 8 bytes a channel, of other rows 4; with codes f / 8
-            coordinates in a `Basis`, of 4 bytes.
+            and the last (`leave`, `collect`): of fp32 rows 8 bytes a channel, of other rows 4; with codes coordinates
+            in a `Basis`, of 4 bytes: half of one a branch of 4 channels, or as many as codec option e says.
         place: where the tables lie: "device" (the model's), "host" (RAM) or "disk" (memory-mapped scratch files). From
             the last two, batches on a GPU get their halo's rows, encoded, through a `TransferEngine`; on the CPU those
             on disk are read in place, once the engine has read ahead. "pinned" is RAM that a GPU's kernels read and
@@ -223,7 +223,8 @@ class NodeStore(nn.Module):
         self.register_buffer("softmax", softmax)
         tables_of, self.pending_basis = (None, None), None
         if pending:
-            rank = -(-dim // 8) if self.codebook else dim
+            d, e = self.codec.branch_dim, self.codec.grad_dim
+            rank = dim if self.codebook is None else min(dim, -(-dim // d) * e) if e else -(-dim // 8)
             kind = torch.float32 if self.codec.name == "fp32" else torch.bfloat16
             tables_of = zeros(num_nodes, rank, dtype=kind), zeros(num_nodes, rank, dtype=kind)
             self.pending_basis = Basis(dim, rank) if rank < dim else None
