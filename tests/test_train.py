@@ -296,10 +296,13 @@ def _saved(state):
     return file
 
 
-@pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
-def test_resume_is_bit_for_bit(tmp_path, method):
+@pytest.mark.parametrize(
+    "method, model", [("vq", "gcn"), ("gas", "gcn"), ("lmc", "gcn"), ("vq", "gat"), ("lmc", "gat")]
+)
+def test_resume_is_bit_for_bit(tmp_path, method, model):
     """Stop after two of four epochs with the third's metrics already written, resume, compare with an unbroken run."""
-    config = Config(**(SMALL | {"epochs": 4, "method": method, "codec": None if method != "vq" else SMALL["codec"]}))
+    codec = None if method != "vq" else SMALL["codec"]
+    config = Config(**(SMALL | {"epochs": 4, "method": method, "codec": codec, "model": model}))
     dataset = datasets.load(config.dataset)
     whole = Run.create(tmp_path / "whole", config)
     Trainer(config, dataset).fit(whole)
