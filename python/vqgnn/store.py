@@ -64,7 +64,8 @@ class Codec:
     """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256").
 
     grad_dim: "e=" of product VQ, coordinates of the gradient a branch (see `Codebook`); e = d: the channels themselves.
-    None: a quarter of d, and for an attention's gradients, of which the kernels read the channels, d.
+    None: a quarter of d; of pending gradients an eighth of the channels; for an attention's gradients that the kernels
+    read, by channel, d.
     """
 
     name: str
