@@ -234,7 +234,11 @@ def test_options_reach_what_they_are_for():
     assert isinstance(trainer.optimizer, torch.optim.Adam)
     (store,) = trainer.stores.values()
     assert not store.grad and not store.codebook.whiten
-    assert make(model="gat", heads=2, grad="on").stores["convs.1.conv"].grad
+    for grad, kept in (("on", True), ("auto", True), ("off", False)):
+        store = make(model="gat", heads=2, grad=grad).stores["convs.1.conv"]
+        assert (store.pending is not None) == kept and not store.grad
+    store = make(model="gat", heads=2, grad="on", attention_state="projected").stores["convs.1.conv"]
+    assert store.grad and store.pending is None
 
 
 def test_evaluations_read_what_they_are_told():
