@@ -46,9 +46,10 @@ class Attention(StoreConv):
     """Mix-in: a softmax over edges weighs the messages. Has `heads` and `dropout`.
 
     A store of inputs keeps x: the halo's rows are decoded and projected with the present weights, and every message to
-    the batch has a gradient for them. A store of projections keeps what neighbours are told, which the kernel reads as
-    it lies; gradients then reach the weights through the batch's own rows, from messages to the batch alone or, with a
-    gradient store (`convert(..., grad=True)`), to out-of-batch nodes too.
+    the batch has a gradient for them; what the rows themselves are given is left for their nodes (`Exchange`). A store
+    of projections keeps what neighbours are told, which the kernel reads as it lies; gradients then reach the weights
+    through the batch's own rows, from messages to the batch alone or, with a gradient store (`grad=True`), to
+    out-of-batch nodes too. The classes below speak of that one.
     """
 
     fixed = False

@@ -2,7 +2,8 @@
 
 Constructor, parameters, state_dict keys and the result on a plain `edge_index` are PyG's. Given a `BatchGraph` they
 compute eq. 6 of VQ-GNN, M_B = C_BB X_B + C_BH X~_H. Where C is fixed that comes before their own weights (C X W =
-(C X) W) and the store keeps the conv's input and the gradient of M; attention keeps W X.
+(C X) W) and the store keeps the conv's input and the gradient of M; attention keeps its input, and the gradients that
+messages to other batches send to it, or on request W X.
 """
 
 from __future__ import annotations

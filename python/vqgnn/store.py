@@ -222,14 +222,14 @@ class NodeStore(nn.Module):
             softmax = zeros(num_nodes, 2, heads)
             softmax[:, 0] = torch.inf  # of a node never pushed: exp(score - inf) = 0, so it sends no gradient
         self.register_buffer("softmax", softmax)
-        tables_of, self.pending_basis = (None, None), None
+        pair, self.pending_basis = (None, None), None
         if pending:
             d, e = self.codec.branch_dim, self.codec.grad_dim
             rank = dim if self.codebook is None else min(dim, -(-dim // d) * e) if e else -(-dim // 8)
             kind = torch.float32 if self.codec.name == "fp32" else torch.bfloat16
-            tables_of = zeros(num_nodes, rank, dtype=kind), zeros(num_nodes, rank, dtype=kind)
+            pair = zeros(num_nodes, rank, dtype=kind), zeros(num_nodes, rank, dtype=kind)
             self.pending_basis = Basis(dim, rank) if rank < dim else None
-        for name, table in zip(("pending", "pending_next"), tables_of, strict=True):
+        for name, table in zip(("pending", "pending_next"), pair, strict=True):
             self.register_buffer(name, table)
         self._collected = 0  # nodes, in this epoch
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
