@@ -102,7 +102,7 @@ def test_what_was_left_is_collected_an_epoch_later():
     assert not store.collect(torch.tensor([2, 4])).any()
     assert store.collect(torch.arange(5)).tolist() == [[1, 2], *[[0, 0]] * 4]
     assert not store.collect(torch.arange(5)).any()
-    for codec, nbytes in (("fp32", 8 * 128), ("int4", 4 * 128), ("pq:d=4,k=256", 64)):
+    for codec, nbytes in (("fp32", 8 * 128), ("int4", 4 * 128), ("pq:d=4,k=256", 28), ("pq:d=4,k=256,e=1", 128)):
         plain, kept = (vqgnn.NodeStore(7, 128, codec, grad=False, pending=pending) for pending in (False, True))
         added = sum(table.nbytes for table in kept.tables.values()) - sum(t.nbytes for t in plain.tables.values())
         assert added == 7 * nbytes

@@ -17,6 +17,7 @@ from settings import (
     ABLATION_LR,
     ABLATION_MODEL,
     ABLATIONS,
+    CODEC,
     HIDDEN,
     METHODS,
     MODELS,
@@ -34,6 +35,7 @@ from settings import (
 )
 
 from vqgnn.files import atomic_write
+from vqgnn.store import Codec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -402,7 +404,7 @@ def _bytes_of_state(table: Table) -> list[str] | None:
     if not ratios:
         return None
     node, dense = HIDDEN // 4 + 4, 4 * HIDDEN
-    attention = node + 2 * 2 * (HIDDEN // 8)
+    attention = node + 2 * 2 * Codec.parse(CODEC).pending_rank(HIDDEN)
     (least, where), (most, best) = min(ratios), max(ratios)
     return [
         "state at most 1/8 of fp32 histories",

@@ -64,8 +64,8 @@ class Codec:
     """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256").
 
     grad_dim: "e=" of product VQ, coordinates of the gradient a branch (see `Codebook`); e = d: the channels themselves.
-    None: a quarter of d; of pending gradients an eighth of the channels; for an attention's gradients that the kernels
-    read, by channel, d.
+    None: a quarter of d; for an attention's gradients that the kernels read, by channel, d. Of pending gradients: see
+    `pending_rank`.
     """
 
     name: str
@@ -97,6 +97,15 @@ class Codec:
             return self.name
         text = f"pq:d={self.branch_dim},k={self.num_codes}"
         return text if self.grad_dim is None else f"{text},e={self.grad_dim}"
+
+    def pending_rank(self, dim: int) -> int:
+        """Coordinates of a pending gradient of dim channels, in two tables of bfloat16, beside product-VQ codes.
+
+        7 for 128 channels, so that all is an eighth of fp32 rows: 28 bytes, 32 of codes (d = 4) and an age of 4.
+        """
+        if self.grad_dim is not None:
+            return min(dim, -(-dim // self.branch_dim) * self.grad_dim)
+        return max(min(dim, 4), dim // 16 - 1)
 
     def table(
         self, num_nodes: int, dim: int, zeros: Callable[..., Tensor] = torch.zeros
@@ -164,7 +173,7 @@ class NodeStore(nn.Module):
             the log-sum-exp of its scores and <g, M>, the product of its messages with their gradient.
         pending: keep the gradients that a node's state is given by messages to nodes of other batches, of this epoch
             and the last (`leave`, `collect`): of fp32 rows 8 bytes a channel, of other rows 4; with codes coordinates
-            in a `Basis`, of 4 bytes: half of one a branch of 4 channels, or as many as codec option e says.
+            in a `Basis`, of 4 bytes: `Codec.pending_rank` of them.
         place: where the tables lie: "device" (the model's), "host" (RAM) or "disk" (memory-mapped scratch files). From
             the last two, batches on a GPU get their halo's rows, encoded, through a `TransferEngine`; on the CPU those
             on disk are read in place, once the engine has read ahead. "pinned" is RAM that a GPU's kernels read and
@@ -224,8 +233,7 @@ class NodeStore(nn.Module):
         self.register_buffer("softmax", softmax)
         pair, self.pending_basis = (None, None), None
         if pending:
-            d, e = self.codec.branch_dim, self.codec.grad_dim
-            rank = dim if self.codebook is None else min(dim, -(-dim // d) * e) if e else -(-dim // 8)
+            rank = dim if self.codebook is None else self.codec.pending_rank(dim)
             kind = torch.float32 if self.codec.name == "fp32" else torch.bfloat16
             pair = zeros(num_nodes, rank, dtype=kind), zeros(num_nodes, rank, dtype=kind)
             self.pending_basis = Basis(dim, rank) if rank < dim else None
