@@ -147,7 +147,7 @@ def test_what_is_kept():
         return [(store.dim, store.grad, None if store.pending is None else store.pending.size(1)) for store in held]
 
     assert kept(GAT, method="gas") == kept(GAT, method="lmc", grad=False) == [(8, False, None), (8, False, None)]
-    assert kept(GAT) == kept(GAT, grad=True) == [(8, False, 1), (8, False, 1)]
+    assert kept(GAT) == kept(GAT, grad=True) == [(8, False, 4), (8, False, 4)]
     assert kept(GAT, codec="pq:d=4,k=16,e=1") == [(8, False, 2), (8, False, 2)]
     assert kept(GAT, codec="pq:d=4,k=16,e=4") == kept(GAT, method="lmc") == [(8, False, 8), (8, False, 8)]
     assert kept(GAT, input="codes")[0] == (6, False, None)  # nothing learns from features' gradients
