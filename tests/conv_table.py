@@ -210,7 +210,7 @@ def vq_gradient(model: nn.Module, data: Data) -> str:
     def error(grad: bool) -> float:
         codec = f"pq:d=2,k={data.num_nodes},e=2"  # all channels of gradients: what is lost then is the machinery's
         vqgnn.convert(model, data, method="vq", codec=codec, decay=0.5, grad=grad)
-        return _error(_epoch(model, data, times=_hops(model) + 4)[1], gradient)
+        return _error(_epoch(model, data, times=2 * _hops(model) + 4)[1], gradient)
 
     biased, compensated = error(False), error(True)
     assert compensated < 0.1 and compensated < 0.5 * biased, (biased, compensated)
@@ -230,7 +230,7 @@ def lmc(model: nn.Module, data: Data) -> str:
     """With rows of gradients too, the mini-batches' gradients add up to the whole graph's (invariant 3)."""
     out, gradient = _full(model, data)
     vqgnn.convert(model, data, method="lmc", grad=True)
-    mine = _epoch(model, data, times=2 * _hops(model))
+    mine = _epoch(model, data, times=3 * _hops(model))
     _close(mine[0], out)
     return _close(mine[1], gradient)
 

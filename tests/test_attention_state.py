@@ -81,13 +81,27 @@ def test_pending_gradients_are_exact(build, codec, error, compiled):
     vqgnn.convert(model, data, method="lmc", codec=codec)
     step = torch.compile(model, backend="aot_eager") if compiled else model
     loader = vqgnn.BatchLoader(data, batch_size=45, shuffle=False)
-    for _ in range(4):  # what is pending passes a layer an epoch
+    for _ in range(5):  # what is pending passes a layer in two epochs: its own, and one that it is compared with
         model.zero_grad()
         for batch in loader:
             F.cross_entropy(step(batch.x, batch.graph), batch.y, reduction="sum").backward()
     F.cross_entropy(theirs(data.x, data.edge_index), data.y, reduction="sum").backward()
     for mine, truth in zip(model.parameters(), theirs.parameters(), strict=True):
         assert (mine.grad - truth.grad).norm() <= error * truth.grad.norm() + 1e-4
+
+
+def test_what_is_left_counts_by_what_comes_again():
+    store = vqgnn.NodeStore(3, 2, "fp32", grad=False, pending=True)
+    ids, last, share = torch.arange(3), torch.zeros(6), 1.0
+    for left in ([3, 0, 0, 0, 0, 4], [0, 3, 0, 0, 0, 4], [0, 3, 0, 0, 0, 8], [0, -3, 0, 0, 0, -4], [0] * 6, [0] * 6):
+        left = torch.tensor(left, dtype=torch.float32)
+        store.leave(ids, left.view(3, 2))
+        torch.testing.assert_close(store.collect(ids).flatten(), share * last)
+        both = last.any() and left.any()  # else there is nothing to compare
+        share = F.cosine_similarity(last, left, dim=0).clamp(min=0) if both else 1.0
+        torch.testing.assert_close(store.pending_share, torch.as_tensor(share))
+        last = left
+    assert "pending_share" in store.state_dict()
 
 
 def test_what_was_left_is_collected_an_epoch_later():
@@ -100,7 +114,8 @@ def test_what_was_left_is_collected_an_epoch_later():
     store.leave(torch.tensor([0]), g[:1])
     assert store.collect(torch.tensor([1, 0, 3])).tolist() == [[3, 4], [0, 0], [2, 4]]
     assert not store.collect(torch.tensor([2, 4])).any()
-    assert store.collect(torch.arange(5)).tolist() == [[1, 2], *[[0, 0]] * 4]
+    store.pending_share.fill_(0.5)
+    assert store.collect(torch.arange(5)).tolist() == [[0.5, 1], *[[0, 0]] * 4]
     assert not store.collect(torch.arange(5)).any()
     for codec, nbytes in (("fp32", 8 * 128), ("int4", 4 * 128), ("pq:d=4,k=256", 28), ("pq:d=4,k=256,e=1", 128)):
         plain, kept = (vqgnn.NodeStore(7, 128, codec, grad=False, pending=pending) for pending in (False, True))

@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_CHECKPOINT_VERSION = 2
+_CHECKPOINT_VERSION = 3
 _STATE = "state"  # folder of node states that lie on disk
 
 

@@ -239,6 +239,7 @@ class NodeStore(nn.Module):
             self.pending_basis = Basis(dim, rank) if rank < dim else None
         for name, table in zip(("pending", "pending_next"), pair, strict=True):
             self.register_buffer(name, table)
+        self.register_buffer("pending_share", torch.ones(()) if pending else None)  # of it that is handed out
         self._collected = 0  # nodes, in this epoch
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
@@ -416,20 +417,35 @@ class NodeStore(nn.Module):
 
     @torch.no_grad()
     def collect(self, n_id: Tensor) -> Tensor:
-        """[b, dim] fp32: what the last epoch's batches have left for nodes n_id [b].
+        """[b, dim] fp32: what the last epoch's batches have left for nodes n_id [b], times `pending_share`.
 
         Of a whole epoch, in which each node was in a batch, it is what a node's neighbours send, once, but for those
         that were in its own batch. Had it been taken since the node's own last batch, some would send twice and some
         not at all, which does more harm than that it is older. An epoch is over when as many nodes as there are were
         asked for.
         """
-        g = self.pending[n_id].float()
+        g = self.pending[n_id].float() * self.pending_share
         self._collected += n_id.numel()
         if self._collected >= self.num_nodes:
             self._collected = 0
-            self.pending.copy_(self.pending_next)
-            self.pending_next.zero_()
+            self._turn()
         return g if self.pending_basis is None else g @ self.pending_basis.vectors.T
+
+    def _turn(self) -> None:
+        """An epoch is over: what it has left is handed out in the next.
+
+        It is worth what comes again of it. Where steps are large or labels few, one epoch's gradients say nothing of
+        the next one's, and are noise there. So they are weighted by the cosine between the last two epochs' (all nodes,
+        all coordinates together), which is 1 where weights rest.
+        """
+        products = torch.zeros(3, device=self.pending.device)
+        for last, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
+            last, new = last.float().flatten(), new.float().flatten()
+            products += torch.stack([last @ new, last @ last, new @ new])
+        cosine = products[0] / (products[1].sqrt() * products[2].sqrt())
+        self.pending_share.copy_(cosine.nan_to_num(1.0).clamp(0.0, 1.0))  # 1 as long as there were not two epochs
+        self.pending.copy_(self.pending_next)
+        self.pending_next.zero_()
 
     def fill(self, rows: Tensor, progress: bool = False) -> None:
         """Push the states of all nodes, rows [n, dim], in random order."""
