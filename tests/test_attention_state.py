@@ -101,6 +101,7 @@ def test_what_is_left_counts_by_what_comes_again():
         share = F.cosine_similarity(last, left, dim=0).clamp(min=0) if both else 1.0
         torch.testing.assert_close(store.pending_share, torch.as_tensor(share))
         last = left
+        assert store.stats()["pending_share"] == float(store.pending_share)
     assert "pending_share" in store.state_dict()
 
 

@@ -561,6 +561,8 @@ class NodeStore(nn.Module):
         return 4 * self.num_nodes * self.dim
 
     def stats(self) -> dict[str, float]:
-        """Mean staleness in steps and, with a codebook, its health (see `Codebook.stats`)."""
+        """Mean staleness in steps; with a codebook its health (see `Codebook.stats`); of attention `pending_share`."""
         health = self.codebook.stats() if self.codebook else {}
+        if self.pending is not None:
+            health["pending_share"] = float(self.pending_share)
         return {"staleness": float(self.age.float().mean()), **health}
