@@ -93,12 +93,12 @@ def test_pending_gradients_are_exact(build, codec, error, compiled):
 def test_what_is_left_counts_by_what_comes_again():
     store = vqgnn.NodeStore(3, 2, "fp32", grad=False, pending=True)
     ids, last, share = torch.arange(3), torch.zeros(6), 1.0
-    for left in ([3, 0, 0, 0, 0, 4], [0, 3, 0, 0, 0, 4], [0, 3, 0, 0, 0, 8], [0, -3, 0, 0, 0, -4], [0] * 6, [0] * 6):
+    for left in ([3, 0, 0, 0, 0, 4], [0, 5, 0, 0, 0, 2], [0, 3, 0, 0, 0, 8], [0, -3, 0, 0, 0, -4], [0] * 6, [0] * 6):
         left = torch.tensor(left, dtype=torch.float32)
         store.leave(ids, left.view(3, 2))
         torch.testing.assert_close(store.collect(ids).flatten(), share * last)
         both = last.any() and left.any()  # else there is nothing to compare
-        share = F.cosine_similarity(last, left, dim=0).clamp(min=0) if both else 1.0
+        share = (2 * F.cosine_similarity(last, left, dim=0)).clamp(0, 1) if both else 1.0
         torch.testing.assert_close(store.pending_share, torch.as_tensor(share))
         last = left
         assert store.stats()["pending_share"] == float(store.pending_share)
