@@ -98,7 +98,7 @@ def test_what_is_left_counts_by_what_comes_again():
         store.leave(ids, left.view(3, 2))
         torch.testing.assert_close(store.collect(ids).flatten(), share * last)
         both = last.any() and left.any()  # else there is nothing to compare
-        share = (2 * F.cosine_similarity(last, left, dim=0)).clamp(0, 1) if both else 1.0
+        share = F.cosine_similarity(last, left, dim=0).clamp(min=0) if both else 1.0
         torch.testing.assert_close(store.pending_share, torch.as_tensor(share))
         last = left
         assert store.stats()["pending_share"] == float(store.pending_share)

@@ -432,19 +432,18 @@ class NodeStore(nn.Module):
         return g if self.pending_basis is None else g @ self.pending_basis.vectors.T
 
     def _turn(self) -> None:
-        """An epoch is over: what it has left is handed out in the next.
+        """An epoch is over: what it has left is handed out in the next, as far as it comes again.
 
-        In full, if at least half of it comes again, by the cosine between the last two epochs' (all nodes and all
-        coordinates together; 1 where weights rest), and less in proportion below. Where steps are large or labels few,
-        one epoch's gradients say nothing of the next one's, and do harm there; what dropout and batches drawn anew take
-        off the cosine is noise that training averages.
+        It is weighted by the cosine between the last two epochs' (all nodes and all coordinates together), which is 1
+        where weights rest. Where steps are large or labels few, one epoch's gradients say nothing of the next one's;
+        and in full, gradients that are an epoch old make the loss of long runs rise.
         """
         products = torch.zeros(3, device=self.pending.device)
         for last, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
             last, new = last.float().flatten(), new.float().flatten()
             products += torch.stack([last @ new, last @ last, new @ new])
         cosine = products[0] / (products[1].sqrt() * products[2].sqrt())
-        self.pending_share.copy_((2 * cosine.nan_to_num(1.0)).clamp(0.0, 1.0))  # 1 as long as there were not two epochs
+        self.pending_share.copy_(cosine.nan_to_num(1.0).clamp(0.0, 1.0))  # 1 as long as there were not two epochs
         self.pending.copy_(self.pending_next)
         self.pending_next.zero_()
 
