@@ -483,8 +483,9 @@ their papers have; full batch is compared with the one that validates better.
 nodes to validate with: the mean over the seeds that both were run at), the better by validation goes on;
 one for all on coauthor-physics (0.003) and ogbn-arxiv-ranks35 (0.01, GAT 0.003) (`benchmarks/accuracy/settings.py`).
 Peers are PyG's loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too.
-ogbn-arxiv-ranks35 has one seed: full batch takes 25 to 60 minutes a run there. GAS and LMC run on our kernels; of GAT,
-GAS keeps a layer's input as ours does. Rows made on an AMD EPYC are older (no stability, no CPU seconds)."""
+ogbn-arxiv-ranks35 has one to three seeds: full batch takes 25 to 60 minutes a run there. GAS and LMC run on our
+kernels; of GAT, GAS keeps a layer's input as ours does. Rows made on an AMD EPYC are older (no stability, no CPU
+seconds)."""
 
 LESSONS = {
     "layers": "Three or four layers; each costs its store, its staleness and its time.",
