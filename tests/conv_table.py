@@ -210,7 +210,7 @@ def vq_gradient(model: nn.Module, data: Data) -> str:
     def error(grad: bool) -> float:
         codec = f"pq:d=2,k={data.num_nodes},e=2"  # all channels of gradients: what is lost then is the machinery's
         vqgnn.convert(model, data, method="vq", codec=codec, decay=0.5, grad=grad)
-        return _error(_epoch(model, data, times=2 * _hops(model) + 4)[1], gradient)
+        return _error(_epoch(model, data, times=_hops(model) + 4)[1], gradient)
 
     biased, compensated = error(False), error(True)
     assert compensated < 0.1 and compensated < 0.5 * biased, (biased, compensated)
