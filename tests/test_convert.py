@@ -229,6 +229,46 @@ def test_batches_of_other_sizes_are_not_compiled_again(build, data):
     assert graphs[2] > 0 and graphs[-1] == graphs[2], f"graphs compiled after each batch: {graphs}"
 
 
+@pytest.mark.parametrize("build", [GCN, GAT])
+@pytest.mark.parametrize("method", ["vq", "lmc"])
+def test_a_backward_pass_within_autocast(build, method, data):
+    codec = "pq:d=4,k=8" if method == "vq" else "fp32"
+    model = vqgnn.convert(build(6, 16, 3, 3), data, method=method, codec=codec)
+    other, batch = copy.deepcopy(model), next(iter(vqgnn.BatchLoader(data, batch_size=20, prefetch=0)))
+    for within in (model, other):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = step(within, batch.x, batch.graph, batch.y)
+            if within is model:
+                loss.backward()
+    loss.backward()
+    ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, other))
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+    for mine, its in zip(vqgnn.stores(model).values(), vqgnn.stores(other).values(), strict=True):
+        if method == "vq":
+            mine, its = (store.pending_basis or store.codebook.basis for store in (mine, its))
+            assert mine.vectors.dtype == torch.float32
+            assert (mine.moments - its.moments).norm() < 0.05 * its.moments.norm()
+
+
+@pytest.mark.parametrize("build", [GCN, GAT])
+@pytest.mark.parametrize("method", ["vq", "lmc"])
+def test_a_loss_that_overflows_leaves_no_trace(build, method, data):
+    """As a scaled one does now and then: its step is skipped, and the state learns nothing of its gradients."""
+    codec = "pq:d=4,k=8" if method == "vq" else "fp32"
+    model = vqgnn.convert(build(6, 16, 3, 3), data, method=method, codec=codec)
+    loader = vqgnn.BatchLoader(data, batch_size=20)
+    for scale in (1.0, torch.inf, 1.0):
+        for batch in loader:
+            (scale * step(model, batch.x, batch.graph, batch.y)).backward()
+            gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            assert gradients.isfinite().all() == (scale == 1.0)
+            model.zero_grad()
+    for store in vqgnn.stores(model).values():
+        for name, table in store.named_buffers():
+            assert table.isfinite().all(), name
+        assert (store.pull_gradients() if store.pending is None else store.pending_next).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT, GATv2, Transformer])
 @pytest.mark.parametrize("method", ["vq", "lmc"])

@@ -16,6 +16,7 @@ import vqgnn
 import vqgnn_kernels as kernels
 from vqgnn import BatchLoader
 from vqgnn.store import NodeStore
+from vqgnn.train import MovingAverage
 from vqgnn_kernels import CSR, Rows
 
 METHODS = [("vq", "pq:d=4,k=8"), ("lmc", "int8"), ("gas", "fp32"), ("drop", None)]
@@ -31,15 +32,16 @@ def graph():
 def converted(build, method, codec, data):
     model = build(8, 16, 3, 3, norm="batch_norm", dropout=0.3).to(data.x.device)
     vqgnn.convert(model, data, method=method, codec=codec, grad=method in ("vq", "lmc"))
-    return model, torch.optim.Adam(model.parameters())
+    return model, torch.optim.Adam(model.parameters()), MovingAverage(model, 0.98)
 
 
-def step(model, optimizer, batch):
+def step(model, optimizer, average, batch):
     out = model(batch.x, batch.graph)
     loss = F.cross_entropy(out, torch.where(batch.train_mask, batch.y, -100), ignore_index=-100)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    average.update_parameters(model)
     return loss
 
 
@@ -54,7 +56,7 @@ def to_meta(value):
         return {key: to_meta(item) for key, item in value.items()}
     if type(value).__name__ in ("Batch", "BatchGraph", "Graph"):
         moved = copy.copy(value)
-        moved.__dict__.update(to_meta(value.__dict__))
+        moved.__dict__.update(to_meta(value.__dict__) | {"epoch": getattr(value, "epoch", None)})  # the host's
         return moved
     return value
 
@@ -63,13 +65,14 @@ def to_meta(value):
 @pytest.mark.parametrize(("method", "codec"), METHODS, ids=METHOD_IDS)
 def test_a_training_step_keeps_to_its_device_and_asks_it_for_nothing(build, method, codec):
     data = graph()
-    model, optimizer = converted(build, method, codec, data)
+    model, optimizer, average = converted(build, method, codec, data)
     batches = list(BatchLoader(data, batch_size=20, prefetch=0))
-    step(model, optimizer, batches[0])  # a codebook's first gradients
+    step(model, optimizer, average, batches[0])  # a codebook's first gradients
     model.to("meta")
+    average.module.to("meta")
     optimizer = torch.optim.Adam(model.parameters())
     for batch in batches:
-        loss = step(model, optimizer, to_meta(batch))
+        loss = step(model, optimizer, average, to_meta(batch))
     assert loss.device.type == "meta"
     for store in vqgnn.stores(model).values():
         assert {buffer.device.type for buffer in store.buffers()} == {"meta"}
@@ -102,14 +105,14 @@ def test_a_training_step_does_not_synchronise_cuda(build, method, codec, device)
     if device.type != "cuda":
         pytest.skip("needs --device cuda")
     data = graph().to(device)
-    model, optimizer = converted(build, method, codec, data)
+    model, optimizer, average = converted(build, method, codec, data)
     batches = list(BatchLoader(data, batch_size=20, prefetch=0))
     for batch in batches:  # compiles the kernels
-        step(model, optimizer, batch)
+        step(model, optimizer, average, batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            step(model, optimizer, batch)
+            step(model, optimizer, average, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

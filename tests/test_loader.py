@@ -167,6 +167,15 @@ def test_batches_are_built_ahead_but_not_far(load):
     assert not loader_threads()
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_no_two_passes_have_the_same_number(load, prefetch):
+    numbers = []
+    for loader in (load(prefetch=prefetch), load(prefetch=prefetch)):
+        numbers += [{int(batch.graph.epoch) for batch in loader} for _ in range(2)]
+        assert int(next(iter(loader)).graph.epoch) not in set.union(*numbers)
+    assert [len(of_pass) for of_pass in numbers] == [1] * 4 and len(set.union(*numbers)) == 4
+
+
 def test_early_break_ends_the_thread(load):
     loader = load(batch_size=2)
     for _ in loader:

@@ -301,12 +301,17 @@ def _saved(state):
 
 
 @pytest.mark.parametrize(
-    "method, model", [("vq", "gcn"), ("gas", "gcn"), ("lmc", "gcn"), ("vq", "gat"), ("lmc", "gat")]
-)
-def test_resume_is_bit_for_bit(tmp_path, method, model):
+    "method, model, sampler",
+    [
+        ("vq", "gcn", "node"), ("gas", "gcn", "node"), ("lmc", "gcn", "node"), ("vq", "gat", "node"),
+        ("lmc", "gat", "node"), ("vq", "gat", "walk"),
+    ],
+)  # fmt: skip
+def test_resume_is_bit_for_bit(tmp_path, method, model, sampler):
     """Stop after two of four epochs with the third's metrics already written, resume, compare with an unbroken run."""
     codec = None if method != "vq" else SMALL["codec"]
-    config = Config(**(SMALL | {"epochs": 4, "method": method, "codec": codec, "model": model}))
+    options = {"epochs": 4, "method": method, "codec": codec, "model": model, "sampler": sampler}
+    config = Config(**(SMALL | options))
     dataset = datasets.load(config.dataset)
     whole = Run.create(tmp_path / "whole", config)
     Trainer(config, dataset).fit(whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from vqgnn_kernels import CSR, Rows, attention_aggregate, pull_rows, row_scores
 
 from .dropout import draw_seed, dropped
 from .graph import BatchGraph, Convolution
-from .store import Neighbours
+from .store import Neighbours, full_precision
 from .store_conv import StoreConv, require
 
 _BLOCK = 2**24  # numbers: of the halo's features so many are projected at once
@@ -26,12 +25,6 @@ _BLOCK = 2**24  # numbers: of the halo's features so many are projected at once
 def entries(csr: CSR, rows: Rows) -> Tensor:
     """[h] rows of the table, one a halo entry."""
     return torch.arange(len(rows.data), device=rows.data.device) if csr.halo is None else csr.halo
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    """No autocast: scores of a batch's rows would be bf16, `row_scores` of the halo's are fp32."""
-    known = torch.amp.is_autocast_available(device_type)  # of the meta device it is not
-    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def require_attention(conv: Attention) -> None:
@@ -163,7 +156,7 @@ class GATConv(Attention, pyg.GATConv):
         neighbours = self._with_edge_scores(neighbours)
         csr, rows, csr_t, grad_rows, rows_t, *_ = neighbours
         by_source, by_target = self._by_head(self.att_src), self._by_head(self.att_dst)
-        with _full_precision(source.device.type):
+        with full_precision(source.device.type):  # else bf16 beside `row_scores` of the halo's, which are fp32
             key = source.float() @ by_source
             query = source[: csr.rowptr.numel() - 1].float() @ by_target
         if rows is not None:

@@ -347,13 +347,15 @@ class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
 
     n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
-    answers for every conv instead of the training store.
+    answers for every conv instead of the training store. epoch [] is the number of the loader's pass, in host memory: no
+    other pass has it.
     """
 
     graph: Graph
     n_id: Tensor
     x: Tensor
     run: object | None = None
+    epoch: Tensor | None = None
     started: bool = False  # see `start`
     _made: dict[tuple, Any] = field(default_factory=dict, repr=False)
     _started: dict[NodeStore, dict[str, Ticket]] = field(default_factory=dict, repr=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from .hetero_graph import HeteroGraph, node_tensors
 from .samplers import SAMPLERS
 
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
+_PASSES = itertools.count()  # of all loaders
 
 
 class Batch:
@@ -148,10 +151,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch | HeteroData]:
         node_ids = self._draw(self._epoch)
         self._epoch += 1
-        if self.prefetch == 0:
-            yield from (self._arrived(self._build(n_id)) for n_id in node_ids)
-            return
-        yield from self._in_background(node_ids)
+        batches = self._in_background(node_ids) if self.prefetch else map(self._build, node_ids)
+        yield from map(partial(self._arrived, torch.tensor(next(_PASSES), device="cpu")), batches)
 
     def _draw(self, epoch: int) -> list[Tensor]:
         if self._num_batches == 1:
@@ -180,9 +181,11 @@ class BatchLoader:
         batch.arrival = move
         return batch
 
-    def _arrived(self, batch: Batch | HeteroData) -> Batch | HeteroData:
+    def _arrived(self, epoch: Tensor, batch: Batch | HeteroData) -> Batch | HeteroData:
         if self._stream is not None:
             batch.arrival.wait()
+        if isinstance(batch, Batch):
+            batch.graph.epoch = epoch
         return batch
 
     def _in_background(self, node_ids: list[Tensor]) -> Iterator[Batch]:
@@ -213,7 +216,7 @@ class BatchLoader:
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield self._arrived(item)
+                yield item
         finally:
             stop.set()
             thread.join()

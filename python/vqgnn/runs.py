@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_CHECKPOINT_VERSION = 3
+_CHECKPOINT_VERSION = 4
 _STATE = "state"  # folder of node states that lie on disk
 
 

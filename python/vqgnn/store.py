@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,20 +44,49 @@ def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tenso
     return torch.empty_like(g)
 
 
-def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor) -> Tensor:
+def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
     store = _STORES[handle]
+    store.begin(None if epoch is None else int(epoch))
     store.leave(halo, g)
     return store.collect(n_id)
 
 
-def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor) -> Tensor:
+def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
     return g.new_empty(n_id.numel(), g.size(1))
 
 
-kernels.register("exchange(int handle, Tensor halo, Tensor g, Tensor n_id) -> Tensor", _exchange, _exchange_fake)
+kernels.register(
+    "exchange(int handle, Tensor halo, Tensor g, Tensor n_id, Tensor? epoch) -> Tensor", _exchange, _exchange_fake
+)
 kernels.register(
     "record(int handle, Tensor n_id, Tensor x, Tensor g, Tensor? softmax=None) -> Tensor", _record, _record_fake
 )
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """No autocast."""
+    known = torch.amp.is_autocast_available(device_type)  # of the meta device it is not
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
+def _exact(method: Callable) -> Callable:
+    """A store's method without autograd and, where a backward pass runs within autocast, without that."""
+
+    @wraps(method)
+    def run(self: NodeStore, *args, **kwargs):
+        with torch.no_grad(), full_precision(self.device.type):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def _finite(g: Tensor) -> Tensor:
+    """[b, 1] which rows of g [b, f] are numbers throughout.
+
+    A scaled loss overflows every now and then, and its step is skipped (torch.amp.GradScaler). What learns from
+    gradients by moving averages would not get rid of it.
+    """
+    return g.float().sum(1, keepdim=True).isfinite()
 
 
 @dataclass(frozen=True)
@@ -143,19 +173,20 @@ class Exchange(torch.autograd.Function):
     """Decoded rows of a batch's halo, as they are.
 
     In the backward pass their gradients are left in the store for their nodes' next batches, and what other batches
-    have left for this one's nodes joins the gradient of their states `own`.
+    have left for this one's nodes joins the gradient of their states `own`. epoch: a batch's `BatchGraph.epoch`.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor) -> Tensor:
+    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
         ctx.handle, ctx.dtype = handle, own.dtype
-        ctx.save_for_backward(halo, n_id)
+        ctx.save_for_backward(halo, n_id, epoch)
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        halo, n_id = ctx.saved_tensors
-        return None, torch.ops.vqgnn.exchange(ctx.handle, halo, g, n_id).to(ctx.dtype), None, None, None
+        halo, n_id, epoch = ctx.saved_tensors
+        own = torch.ops.vqgnn.exchange(ctx.handle, halo, g, n_id, epoch)
+        return None, own.to(ctx.dtype), None, None, None, None
 
 
 class NodeStore(nn.Module):
@@ -240,7 +271,7 @@ class NodeStore(nn.Module):
         for name, table in zip(("pending", "pending_next"), pair, strict=True):
             self.register_buffer(name, table)
         self.register_buffer("pending_share", torch.ones(()) if pending else None)  # of it that is handed out
-        self._collected = 0  # nodes, in this epoch
+        self._epoch: int | None = None  # of the last batch that left gradients
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -372,13 +403,13 @@ class NodeStore(nn.Module):
         csr, csr_t = csr._replace(halo=None), csr_t._replace(halo=None)
         return Neighbours(csr, rows, csr_t, grad_rows, rows_t, got.get("softmax"), grad_basis=basis)
 
-    @torch.no_grad()
+    @_exact
     def push(self, n_id: Tensor, x: Tensor, g: Tensor | None = None, softmax: Tensor | None = None) -> None:
         """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows. softmax
-        [b, 2, heads] goes with g where the store was made with heads. for place="host" and
-        "disk" n_id is in host memory; one on a GPU must be waited for.
+        [b, 2, heads] goes with g where the store was made with heads. Gradients that overflowed count as 0. For
+        place="host" and "disk" n_id is in host memory; one on a GPU must be waited for.
         """
         row = {"x": (x, (self.dim,)), "g": (g, (self.dim,))}
         if self.softmax is not None:
@@ -391,6 +422,11 @@ class NodeStore(nn.Module):
         if n_id.numel() == 0:
             return
         n_id = n_id.to(self.written.device)
+        if g is not None:
+            finite = _finite(g)
+            g = torch.where(finite, g, 0.0)
+            if softmax is not None:
+                softmax = torch.cat([softmax[:, :1], torch.where(finite[..., None], softmax[:, 1:], 0.0)], 1)
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         self._write("", n_id, value)
         if g is not None and self.grad_data is not None:
@@ -403,34 +439,40 @@ class NodeStore(nn.Module):
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
-    @torch.no_grad()
+    def begin(self, epoch: int | None) -> None:
+        """Say which epoch the next `leave` and `collect` are of: with another one than before, that one is over.
+
+        None is not known: then nothing is handed out. A node that an epoch was broken off before, or that has no batch
+        in it, does not get what was left for it in the epoch before.
+        """
+        if epoch is not None and epoch != self._epoch:
+            self._epoch = epoch
+            self._turn()
+
+    @_exact
     def leave(self, n_id: Tensor, g: Tensor) -> None:
         """Keep gradients g [h, dim] of states that a batch has read, of different n_id [h], for the next epoch."""
         if n_id.numel() == 0:
             return
-        g = g.float()
+        g = torch.where(_finite(g), g, 0.0).float()
         if self.pending_basis is not None:
             self.pending_basis.update(g)
             g = g @ self.pending_basis.vectors
         table = self.pending_next
         table[n_id] = (table[n_id].float() + g).to(table.dtype)
 
-    @torch.no_grad()
+    @_exact
     def collect(self, n_id: Tensor) -> Tensor:
         """[b, dim] fp32: what the last epoch's batches have left for nodes n_id [b], times `pending_share`.
 
         Of a whole epoch, in which each node was in a batch, it is what a node's neighbours send, once, but for those
         that were in its own batch. Had it been taken since the node's own last batch, some would send twice and some
-        not at all, which does more harm than that it is older. An epoch is over when as many nodes as there are were
-        asked for.
+        not at all, which does more harm than that it is older.
         """
         g = self.pending[n_id].float() * self.pending_share
-        self._collected += n_id.numel()
-        if self._collected >= self.num_nodes:
-            self._collected = 0
-            self._turn()
         return g if self.pending_basis is None else g @ self.pending_basis.vectors.T
 
+    @_exact
     def _turn(self) -> None:
         """An epoch is over: what it has left is handed out in the next, as far as it comes again.
 

@@ -153,7 +153,7 @@ class StoreConv:
             neighbours = neighbours._replace(csr_t=graph.halo_transpose(use.convolution))
             if self.training and store.pending is not None and clean.requires_grad:
                 halo = graph.csr(use.convolution)[0].halo
-                neighbours = neighbours._replace(exchange=_exchange(store, clean, halo, graph.n_id))
+                neighbours = neighbours._replace(exchange=_exchanger(store, clean, halo, graph))
         query_all = query if asked is None else torch.cat([query, asked])
         messages, lse = self.state_messages(source, neighbours, query_all)
         if self.training:
@@ -213,8 +213,8 @@ def _stored(graph: BatchGraph, use: StoreUse) -> tuple[Neighbours, Tensor | None
     return graph.neighbours(use.store, use.convolution), _stored_queries(graph, use)
 
 
-def _exchange(store: NodeStore, own: Tensor, halo: Tensor, n_id: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: Exchange.apply(rows, own, store.handle, halo, n_id)
+def _exchanger(store: NodeStore, own: Tensor, halo: Tensor, graph: BatchGraph) -> Callable[[Tensor], Tensor]:
+    return lambda rows: Exchange.apply(rows, own, store.handle, halo, graph.n_id, graph.epoch)
 
 
 def _stored_queries(graph: BatchGraph, use: StoreUse) -> Tensor | None:

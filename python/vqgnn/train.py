@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,23 +144,28 @@ def _inductive(data: Data) -> tuple[Data, Data]:
     return data.subgraph(data.train_mask), data if separate else data.subgraph(~data.test_mask)
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """EMA of a model's weights and buffers; its decay rises to `decay`, so that the first weights do not linger.
 
     After t steps about the last t / 9 count: full batch makes one step an epoch and would else trail for hundreds.
     """
 
-    @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], _: Tensor) -> None:  # of one device and dtype
-        t = int(mean.n_averaged)  # on the host; the argument is a copy where the weights are: to read it stalls a GPU
-        share = 1 - min(decay, (1 + t) / (10 + t))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, share)
-        else:
-            torch._foreach_copy_(averages, current)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    mean = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    return mean
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As the base class, which tells the GPU the number of updates in every step and waits for it."""
+        t = int(self.n_averaged)  # on the host
+        share = 1 - min(self.decay, (1 + t) / (10 + t)) if t else 1.0
+        pairs = [*zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True)]
+        numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*numbers, strict=True)), share)
+        for mean, now in counts:
+            mean.copy_(now)
+        self.n_averaged += 1
 
 
 def learning_rate_factor(config: Config, step: int, batches: int) -> float:
@@ -217,7 +223,7 @@ class Trainer:
         if config.learned:
             model = Embedded(model, self.data.x)
         self.model = self.task.with_head(model).to(self.device)
-        self.averaged = moving_average(self.model, config.average)
+        self.averaged = MovingAverage(self.model, config.average)
         try:
             self.loader = self.task.loader(config, self.train_data, self.device)
             if config.model != "mlp":
