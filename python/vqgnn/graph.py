@@ -347,7 +347,7 @@ class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
 
     n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
-    answers for every conv instead of the training store. epoch [] is the number of the loader's pass, in host memory: no
+    answers for every conv instead of the training store. epoch [] is the number of the loader's pass, on the host; no
     other pass has it.
     """
 

@@ -177,7 +177,7 @@ class Exchange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
+    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor, epoch: Tensor | None):
         ctx.handle, ctx.dtype = handle, own.dtype
         ctx.save_for_backward(halo, n_id, epoch)
         return rows.view_as(rows)
