@@ -233,6 +233,8 @@ BAD_OPTIONS = {
     "method": (["--method", "none"], "none"),
     "number": (["--epochs", "many"], "--epochs"),
     "range": (["--dropout", "1.5"], "--dropout"),
+    "no input left": (["--dropout", "1"], "must be below 1"),
+    "BatchNorm of one node": (["--batch-size", "1"], "BatchNorm needs two"),
     "whitening of rows": (["--method", "gas", "--codec", "fp32", "--no-whiten"], "is for method vq"),
     "sweeps of no store": (["--method", "drop", "--refresh-every", "2"], "which keep node states"),
     "codes of rows": (["--method", "gas", "--codec", "fp32", "--inference", "vq"], "which has codebooks"),
@@ -244,6 +246,10 @@ BAD_OPTIONS = {
 def test_bad_options(tmp_path, capsys, arguments, word):
     fails(capsys, ["train", *SMALL, "--out", str(tmp_path / "run"), *arguments], word)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_without_edges(tmp_path):
+    assert main(["train", *SMALL, "--dataset", "generated:nodes=60,edges=0", "--out", str(tmp_path / "run")]) == 0
 
 
 BAD_FILES = {

@@ -290,3 +290,31 @@ def test_autocast_keeps_the_state_in_fp32(build, method, dtype, data):
     for store in vqgnn.stores(model).values():
         kinds = {name: table.dtype for name, table in store.named_buffers() if table.is_floating_point()}
         assert {kind for name, kind in kinds.items() if "pending" not in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("build", [GCN, GAT])
+@pytest.mark.parametrize("size", [30, 60])
+def test_batches_of_another_graph_are_refused(build, size, data):
+    model = vqgnn.convert(build(6, 8, 2, 3), data, method="gas")
+    batch = next(iter(vqgnn.BatchLoader(awkward_graph(size), batch_size=10)))
+    with pytest.raises(ValueError, match=f"converted for a graph of 40 nodes and got a batch of one of {size}"):
+        model(batch.x, batch.graph)
+
+
+@pytest.mark.parametrize("build", [GCN, GraphSAGE, GAT])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_evaluation_in_inference_mode_may_come_first(build, method, layerwise, data):
+    model = vqgnn.convert(build(6, 8, 3, 3, dropout=0.5), data, method=method)
+    loader = vqgnn.BatchLoader(data, batch_size=40 if method == "full" else 10, prefetch=0)
+    model.eval()
+    with torch.inference_mode():
+        if layerwise:
+            vqgnn.inference.layerwise(model, data)
+        else:
+            for batch in loader:
+                model(batch.x, batch.graph)
+    model.train()
+    for _ in range(2):
+        for batch in loader:
+            step(model, batch.x, batch.graph, batch.y).backward()

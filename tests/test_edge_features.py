@@ -303,5 +303,5 @@ def test_features_beside_a_batch_graph_are_refused():
     data = graph()
     model = vqgnn.convert(gat(False), data)
     batch = next(iter(batches(data)))
-    with pytest.raises(ValueError, match=r"1 more argument.*set data\.edge_weight, data\.edge_attr before"):
+    with pytest.raises(ValueError, match=r"1 more argument.*set data\.edge_attr before"):
         model(batch.x, batch.graph, edge_attr=data.edge_attr)

@@ -2,7 +2,9 @@ import pytest
 import torch
 from graphs import awkward_graph, dense_convolution, dense_rows
 from torch_geometric.data import Data
+from torch_geometric.nn.models import GAT, GCN
 
+import vqgnn
 from vqgnn import BatchGraph, Convolution, Graph
 from vqgnn import graph as graph_module
 
@@ -123,3 +125,43 @@ X, EDGES = torch.randn(3, 2), torch.tensor([[0, 1], [1, 2]])
 def test_bad_data_is_named(data, message):
     with pytest.raises(ValueError, match=message):
         Graph(data)
+
+
+@pytest.mark.parametrize("change", ["features", "edges", "weights"])
+def test_changes_in_place_are_seen(change):
+    data = awkward_graph(weighted=True)
+    model = vqgnn.convert(GCN(6, 8, 2, 3), data, method="full")
+    loader = vqgnn.BatchLoader(data, batch_size=10)
+    before = Graph.of(data)
+    list(loader)
+    vqgnn.inference.layerwise(model, data)
+    assert Graph.of(data) is before
+    if change == "features":
+        data.x[:10] = 0
+    elif change == "edges":
+        data.edge_index[:, :30] = 0
+    else:
+        data.edge_weight[:30] = 5
+    assert Graph.of(data) is not before
+    truth = model(data.x, data.edge_index, data.edge_weight)
+    torch.testing.assert_close(vqgnn.inference.layerwise(model, data), truth.detach(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"changed in place after this BatchLoader was made.*make a new one"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "name, build",
+    [
+        ("x", lambda: GCN(6, 8, 2, 3)),
+        ("edge_weight", lambda: GCN(6, 8, 2, 3)),
+        ("edge_attr", lambda: GAT(6, 8, 2, 3, edge_dim=4)),
+    ],
+)
+def test_what_cannot_be_learnt(name, build):
+    data = awkward_graph(weighted=True)
+    data.edge_attr = torch.rand(data.num_edges, 4)
+    data[name] = torch.nn.Parameter(data[name])
+    with pytest.raises(ValueError, match=f"{name} requires a gradient.*detach"):
+        model = vqgnn.convert(build(), data, method="full")
+        for batch in vqgnn.BatchLoader(data):
+            model(batch.x, batch.graph)

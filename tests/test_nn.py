@@ -270,3 +270,38 @@ def test_to_moves_the_store_and_half_leaves_it():
     assert store.scale.dtype == torch.bfloat16 and torch.equal(store.pull(), before)
     model.to("meta")
     assert store.data.device.type == "meta" and store.written.device.type == "meta"
+
+
+@pytest.mark.parametrize("build", [pyg.GCNConv, pyg.SAGEConv, pyg.GATConv])
+def test_a_batch_graph_takes_one_x(build):
+    data = awkward_graph()
+    conv = vqgnn.convert(build(F_IN, F_OUT), data, method="full")
+    graph = BatchGraph(Graph.of(data), torch.arange(N), data.x)
+    with pytest.raises(ValueError, match=f"{build.__name__} got x of type tuple.*one tensor"):
+        conv((data.x, data.x), graph)
+
+
+def test_edge_features_beside_a_batch_graph_are_refused():
+    data = awkward_graph()
+    conv = vqgnn.convert(pyg.GATConv(F_IN, F_OUT), data, method="full")
+    with pytest.raises(ValueError, match=r"set data\.edge_attr before"):
+        conv(data.x, BatchGraph(Graph.of(data), torch.arange(N), data.x), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("build", [pyg.GCNConv, pyg.SAGEConv, pyg.GINConv, pyg.GATConv])
+def test_gradients_of_features(build):
+    """Right, or refused where C X was computed once."""
+    data = awkward_graph()
+    theirs = build(torch.nn.Linear(F_IN, F_OUT)) if build is pyg.GINConv else build(F_IN, F_OUT)
+    x = data.x.clone().requires_grad_()
+    theirs(x, data.edge_index).square().sum().backward()
+    for option in ("auto", "rows"):
+        conv = vqgnn.convert(copy.deepcopy(theirs), data, method="full", input=option)
+        batch = next(iter(vqgnn.BatchLoader(data.clone(), batch_size=N)))
+        batch.x.requires_grad_()
+        if option == "auto" and build is not pyg.GATConv:
+            with pytest.raises(ValueError, match=r"requires a gradient.*input='rows'"):
+                conv(batch.x, batch.graph)
+            continue
+        conv(batch.x, batch.graph).square().sum().backward()
+        torch.testing.assert_close(batch.x.grad, x.grad, atol=1e-5, rtol=1e-4)

@@ -135,6 +135,9 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
+        for name in ("dropout", "attention_dropout"):
+            if getattr(self, name) == 1:
+                raise InputError(f"{option_name(name)} 1.0 would drop everything; it must be below 1")
         attention = self.model in ATTENTIONS
         if self.lr is None:
             object.__setattr__(self, "lr", 0.003 if attention else 0.01)

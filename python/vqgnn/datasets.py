@@ -49,7 +49,7 @@ class Dataset:
             return self.data.folder.fingerprint
         tensors = [self.data[key] for key in ("edge_index", "x", "y", *MASKS) if key in self.data]
         for tensor in [*tensors, *(self.links.tensors().values() if self.links else ())]:
-            digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
         return {"nodes": self.data.num_nodes, "edges": self.data.num_edges, "hash": digest.hexdigest()}
 
 

@@ -49,7 +49,7 @@ def draw_seed(share: float, device: torch.device) -> Tensor | int:
 
 def _version(x: Tensor) -> int | None:
     """How often x was changed in place."""
-    return None if torch.compiler.is_compiling() else x._version
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _mark(out: Tensor, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:

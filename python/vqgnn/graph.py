@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,36 @@ from .store import Neighbours, NodeStore
 from .transfer import Ticket
 
 _CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the result is ever as tall as the graph
+
+
+def version(x: Tensor | None) -> int | None:
+    """How often x was changed in place; None: not counted, as of tensors made in `torch.inference_mode`."""
+    return None if x is None or x.is_inference() else x._version
+
+
+class Made:
+    """From which tensors, in which state, something was made that is kept."""
+
+    def __init__(self, tensors: Mapping[Any, Tensor]):
+        self.tensors = {key: (tensor, version(tensor)) for key, tensor in tensors.items()}
+
+    def of(self, tensors: Mapping[Any, Tensor]) -> bool:
+        """Whether these are they, neither replaced nor changed in place since."""
+        now = {key: (tensor, version(tensor)) for key, tensor in tensors.items()}
+        return now.keys() == self.tensors.keys() and all(
+            tensor is now[key][0] and count == now[key][1] for key, (tensor, count) in self.tensors.items()
+        )
+
+
+def lasting(method: Callable) -> Callable:
+    """For a method whose result is kept: made in `torch.inference_mode`, training could not use it."""
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -48,6 +78,11 @@ class Convolution:
         """`(edge_index [2, e], weight [e] or None)` of C, with coefficients from the whole graph."""
         edge_index, weight = graph.edge_index, graph.edge_weight
         weight = None if weight is None else weight.float()
+        if weight is not None and weight.requires_grad and self.kind in ("gcn", "cheb"):
+            raise ValueError(
+                "data.edge_weight requires a gradient, and a fixed convolution matrix gives none; give it .detach()ed, "
+                "or use a conv that computes its own weights, as GATConv does"
+            )
         if self.kind == "gcn":
             if not self.normalize:
                 return edge_index, weight
@@ -111,6 +146,12 @@ def edge_tensors(data: Data) -> dict[str, Tensor]:
     return {name: data[name] for name in EDGE_TENSORS if isinstance(data.get(name), Tensor)}
 
 
+def _tensors(data: Data) -> dict[str, Tensor]:
+    """What a graph is made of."""
+    given = {"edge_index": data.edge_index, "x": data.x}
+    return {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)} | edge_tensors(data)
+
+
 def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(rowptr, col int32, order)` of edges sorted by (row, col); duplicates stay, in their order."""
     order = torch.argsort(row * num_cols + col, stable=True)
@@ -126,6 +167,12 @@ def check_features(name: str, x: Tensor | None, num_nodes: int | None) -> None:
         raise ValueError(f"{name} must be [num_nodes={num_nodes}, features], got {came}; give every node features")
     if x.dtype != torch.float32:
         raise ValueError(f"{name} must be float32, got {x.dtype}; set {name} = {name}.float()")
+    if x.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, and what is kept of it would give none; give {name}.detach(), and learn "
+            "features in the model: model(embedding(batch.n_id), batch.graph) with an nn.Embedding, convert(forward=) "
+            "likewise"
+        )
     if num_nodes >= 2**31:
         raise ValueError(f"data has {num_nodes} nodes; at most 2^31 - 1 are supported")
 
@@ -163,6 +210,8 @@ def check_edge_attr(name: str, edge_attr: Tensor, num_edges: int, edge_dim: int)
             f"[num_edges={num_edges}, {edge_dim}] torch.float32: give every edge so many numbers, by .float(), or set "
             "the conv's edge_dim"
         )
+    if edge_attr.requires_grad:
+        raise ValueError(f"{name} requires a gradient, and a fused attention gives it none; give it .detach()ed")
 
 
 class Graph:
@@ -189,6 +238,7 @@ class Graph:
         check_edge_weight("data.edge_weight", self.edge_weight, edge_index.size(1))
         self.edge_tensors = edge_tensors(data)
         self.x = data.x
+        self.made = Made(_tensors(data))
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
         self._products: dict[Convolution, Tensor] = {}
@@ -201,19 +251,19 @@ class Graph:
 
     @classmethod
     def of(cls, data: Data) -> Graph:
-        """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
+        """The graph of `data`, built at the first call and anew when its tensors are replaced or changed in place."""
         if isinstance(data, HeteroData):
             raise ValueError("data is a HeteroData, which only convert, BatchLoader, layerwise and warmup take")
         graph = cls._known.get(data)
-        edges = edge_tensors(data)
-        now = (data.edge_index, data.x, *map(edges.get, EDGE_TENSORS))
-        known = None
-        if graph is not None:
-            known = (graph.edge_index, graph.x, *map(graph.edge_tensors.get, EDGE_TENSORS))
-        if known is None or any(old is not new for old, new in zip(known, now, strict=True)):
+        if graph is None or not graph.is_of(data):
             graph = cls._known[data] = cls(data)
         return graph
 
+    def is_of(self, data: Data) -> bool:
+        """Whether `data` is still as it was."""
+        return self.made.of(_tensors(data))
+
+    @lasting
     def matrix(self, convolution: Convolution) -> Matrix:
         if convolution not in self._matrices:
             if self.folder is not None:
@@ -222,6 +272,7 @@ class Graph:
                 self._matrices[convolution] = Matrix.build(*convolution.edges(self), self.num_nodes)
         return self._matrices[convolution]
 
+    @lasting
     def order(self, convolution: Convolution, transposed: bool = False) -> Tensor:
         """[e] the number in `convolution.edges` of each edge in its matrix's rows, or in the transposed one's."""
         if (convolution, transposed) not in self._orders:
@@ -230,6 +281,7 @@ class Graph:
             self._orders[convolution, transposed] = compress(*ends, self.num_nodes, self.num_nodes)[2]
         return self._orders[convolution, transposed]
 
+    @lasting
     def edge_features(self, convolution: Convolution) -> Tensor | None:
         """[e, edge_dim] what the conv takes of each of `convolution.edges`; None: of this graph it takes none.
 
@@ -239,7 +291,7 @@ class Graph:
             return None
         if convolution not in self._edge_features:
             self.matrix(convolution)  # of a graph on disk there is none, and no edge has features
-            features, fill = self.edge_tensors["edge_attr"].detach(), convolution.fill
+            features, fill = self.edge_tensors["edge_attr"], convolution.fill
             check_edge_attr("data.edge_attr", features, self.edge_index.size(1), convolution.edge_dim)
             features = features.view(len(features), convolution.edge_dim)
             if convolution.add_self_loops:
@@ -267,6 +319,7 @@ class Graph:
         empty = torch.empty(0, dim, device=rows.data.device)
         return kernels.aggregate(empty, self.rows_of(convolution, start, stop), rows)
 
+    @lasting
     def product(self, convolution: Convolution) -> Tensor:
         """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
         if convolution not in self._products:
@@ -280,6 +333,7 @@ class Graph:
             self._products[convolution] = out
         return self._products[convolution]
 
+    @lasting
     def terms(self, convolution: Convolution) -> list[Tensor]:
         """Chebyshev polynomials T_1, T_2, ... [n, f] of C, of the input features; computed once."""
         if convolution not in self._terms:
@@ -306,7 +360,7 @@ class Graph:
     @property
     def features(self) -> Rows:
         """The input features as a table of exact rows."""
-        return Rows("fp32", self.x.float().contiguous(), None, None)
+        return Rows("fp32", self.x.detach().float().contiguous(), None, None)
 
 
 class BatchEdges(NamedTuple):
@@ -407,6 +461,11 @@ class BatchGraph:
 
     def neighbours(self, store: NodeStore, convolution: Convolution) -> Neighbours:
         """The batch's neighbours with their stored states."""
+        if store.num_nodes != self.graph.num_nodes:
+            raise ValueError(
+                f"the model was converted for a graph of {store.num_nodes} nodes and got a batch of one of "
+                f"{self.graph.num_nodes}; convert it for that one, or use vqgnn.inference.layerwise there"
+            )
         started = None
         if not store.in_place:
             started = self._started.pop(store, None) or store.start(*self.origin.csr(convolution))

@@ -15,6 +15,7 @@ from .graph import (
     BatchGraph,
     Convolution,
     Graph,
+    Made,
     Matrix,
     check_edge_index,
     check_edge_weight,
@@ -23,6 +24,7 @@ from .graph import (
     compress,
     edge_tensors,
     edge_weight,
+    lasting,
 )
 
 EdgeType = tuple[str, str, str]
@@ -62,6 +64,7 @@ class Relation(Graph):
         """Whether sources and targets are the same nodes."""
         return self.edge_type[0] == self.edge_type[2]
 
+    @lasting
     def matrix(self, convolution: Convolution) -> Matrix:
         if convolution not in self._matrices:
             matrix = Matrix.build(*convolution.edges(self), self.num_nodes, self.num_sources)
@@ -206,15 +209,19 @@ class HeteroGraph:
                     raise ValueError(f"data[{node_type!r}] is missing, of which {edge_type} has edges; give it its x")
             x, target_x = self.x_dict[edge_type[0]], self.x_dict[edge_type[2]]
             self.relations[edge_type] = Relation(edge_type, data[edge_type], x, target_x)
-        self.tensors = _tensors(data)
+        self.made = Made(_tensors(data))
 
     @classmethod
     def of(cls, data: HeteroData) -> HeteroGraph:
-        """The graph of `data`, built at the first call and rebuilt when its tensors are replaced."""
-        graph, now = cls._known.get(data), _tensors(data)
-        if graph is None or list(graph.tensors) != list(now) or any(graph.tensors[k] is not now[k] for k in now):
+        """The graph of `data`, built at the first call and anew when its tensors are replaced or changed in place."""
+        graph = cls._known.get(data)
+        if graph is None or not graph.is_of(data):
             graph = cls._known[data] = cls(data)
         return graph
+
+    def is_of(self, data: HeteroData) -> bool:
+        """Whether `data` is still as it was."""
+        return self.made.of(_tensors(data))
 
     @property
     def device(self) -> torch.device:

@@ -149,6 +149,11 @@ class BatchLoader:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Batch | HeteroData]:
+        if not self.graph.is_of(self.data):
+            raise ValueError(
+                "data's edges or features were replaced or changed in place after this BatchLoader was made, which has "
+                "what was computed from them; make a new one, and convert the model anew if its edges are others"
+            )
         node_ids = self._draw(self._epoch)
         self._epoch += 1
         batches = self._in_background(node_ids) if self.prefetch else map(self._build, node_ids)

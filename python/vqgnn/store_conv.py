@@ -66,6 +66,9 @@ class StoreConv:
         if not isinstance(edge_index, BatchGraph):
             return super().forward(x, edge_index, *args, **kwargs)
         require_no_more(self, args, kwargs)
+        if not isinstance(x, Tensor):
+            came = f"{type(self).__name__} got x of type {type(x).__name__}"
+            raise ValueError(f"{came}; with a batch graph it takes one tensor: conv(x, graph)")
         if edge_index.run is not None:
             return edge_index.run(self, x, edge_index)
         return self.combine(x, self._messages(x, edge_index))
@@ -129,6 +132,11 @@ class StoreConv:
         if use.reads and not graph.started:
             start_reading(graph, use)
         if use.input == "precompute" and x is graph.x:
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"x of a batch requires a gradient, and {type(self).__name__} reads C X, which was computed once; "
+                    "convert with input='rows'"
+                )
             return graph.input_messages(use.convolution)
         require_whole(use, graph)
         if use.input is not None:  # attention, or dropout came between: the halo is read exactly
@@ -232,9 +240,10 @@ def not_converted(conv) -> ValueError:
 def require_no_more(conv, args: tuple, kwargs: dict) -> None:
     given = [value for value in (*args, *kwargs.values()) if value is not None]
     if given:
+        name = "edge_attr" if hasattr(conv, "edge_dim") else "edge_weight"
         raise ValueError(
-            f"{type(conv).__name__} got {len(given)} more argument(s) beside a batch graph, which holds its own "
-            "edge_weight and edge_attr; set data.edge_weight, data.edge_attr before vqgnn.convert instead"
+            f"{type(conv).__name__} got {len(given)} more argument(s) beside a batch graph, which has its own {name}; "
+            f"set data.{name} before vqgnn.convert instead"
         )
 
 

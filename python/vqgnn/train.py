@@ -226,6 +226,12 @@ class Trainer:
         self.averaged = MovingAverage(self.model, config.average)
         try:
             self.loader = self.task.loader(config, self.train_data, self.device)
+            n, batches = self.train_data.num_nodes, len(self.loader)
+            if config.task == "node" and config.norm == "batch" and n < 2 * batches:
+                raise ValueError(
+                    f"{batches} batches of {n} nodes leave some with one, and BatchNorm needs two; give a larger "
+                    "--batch-size, or --norm layer"
+                )
             if config.model != "mlp":
                 convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
