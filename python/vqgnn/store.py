@@ -81,12 +81,15 @@ def _exact(method: Callable) -> Callable:
 
 
 def _finite(g: Tensor) -> Tensor:
-    """[b, 1] which rows of g [b, f] are numbers throughout.
+    """g [b, f] with 0 for rows that are not numbers throughout.
 
     A scaled loss overflows every now and then, and its step is skipped (torch.amp.GradScaler). What learns from
     gradients by moving averages would not get rid of it.
     """
-    return g.float().sum(1, keepdim=True).isfinite()
+    finite = g.float().sum(1, keepdim=True).isfinite()
+    if finite.device.type == "cpu" and finite.all():  # a GPU would have to be waited for
+        return g
+    return torch.where(finite, g, 0.0)
 
 
 @dataclass(frozen=True)
@@ -423,10 +426,9 @@ class NodeStore(nn.Module):
             return
         n_id = n_id.to(self.written.device)
         if g is not None:
-            finite = _finite(g)
-            g = torch.where(finite, g, 0.0)
-            if softmax is not None:
-                softmax = torch.cat([softmax[:, :1], torch.where(finite[..., None], softmax[:, 1:], 0.0)], 1)
+            g = _finite(g)
+            if softmax is not None:  # the second is <g, M>
+                softmax = torch.cat([softmax[:, :1], softmax[:, 1:].nan_to_num(0.0, 0.0, 0.0)], 1)
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         self._write("", n_id, value)
         if g is not None and self.grad_data is not None:
@@ -454,7 +456,7 @@ class NodeStore(nn.Module):
         """Keep gradients g [h, dim] of states that a batch has read, of different n_id [h], for the next epoch."""
         if n_id.numel() == 0:
             return
-        g = torch.where(_finite(g), g, 0.0).float()
+        g = _finite(g).float()
         if self.pending_basis is not None:
             self.pending_basis.update(g)
             g = g @ self.pending_basis.vectors
