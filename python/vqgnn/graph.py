@@ -616,7 +616,7 @@ class MovedBatch(BatchGraph):
 
     def __init__(self, origin: BatchGraph, move: Callable[[Tensor], Tensor]):
         self._origin, self._copy, self._copies = origin, move, {}
-        super().__init__(origin.graph, self._moved(origin.n_id), self._moved(origin.x), origin.run)
+        super().__init__(origin.graph, self._moved(origin.n_id), self._moved(origin.x), origin.run, origin.epoch)
 
     @property
     def origin(self) -> BatchGraph:
