@@ -88,8 +88,8 @@ def convert(
             for the next batches of the nodes that it has read (`NodeStore.leave`): on a GPU where the states are, too.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
-            `model(batch.x_dict, batch.graph_dict)`.
+        forward: how to call the model on a batch, which has what one of BatchLoader has; default
+            `model(batch.x, batch.graph)`, of a HeteroData `model(batch.x_dict, batch.graph_dict)`.
         place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
             (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
             "pinned" (see `NodeStore`). A HeteroData takes "device" and, on the CPU, "disk".

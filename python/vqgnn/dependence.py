@@ -10,22 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SHAPE_ONLY = frozenset(
-    [
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_empty_strided",
-        "new_full",
-    ]
-)
-_LEAVE_TORCH = frozenset(["numpy", "__array__", "tolist", "data_ptr", "__dlpack__"])
+# ops that ask a tensor for its shape alone, and ways of its values into code that is not torch's
+_SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+               "new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full"}  # fmt: skip
+_LEAVE_TORCH = {"numpy", "__array__", "tolist", "data_ptr", "__dlpack__"}
 
 
 class Dependence(TorchDispatchMode):
@@ -62,6 +50,7 @@ class Dependence(TorchDispatchMode):
         return self.read.union(*(sources for _, sources in filter(None, known)))
 
     def note_read(self, *values: object) -> None:
+        """The host knows something of these tensors' values."""
         self.read = self.of(*values)
 
     def __enter__(self) -> Dependence:
@@ -73,9 +62,8 @@ class Dependence(TorchDispatchMode):
         self._leaving.__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if any(
-            kind not in (Tensor, nn.Parameter) for kind in types
-        ):  # as PyG's EdgeIndex: of it, the ops it is made of
+        # A class of its own, as PyG's EdgeIndex, comes first: what it does with the tensors inside is seen here again.
+        if any(kind not in (Tensor, nn.Parameter) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
         sources = self.of(args, kwargs)
@@ -93,12 +81,12 @@ class Dependence(TorchDispatchMode):
             for value in tree_leaves([out, written]):
                 if isinstance(value, Tensor):
                     self._from[_memory(value)] = value, sources | self.of(value)
-            if _tells_host(op, args):
-                self.note_read(args, kwargs)
+            self.note_read(_told_to_host(op, args, kwargs))
         return out
 
-    def _leaves(self, values: object) -> None:
-        if not self._in_op:  # of an op, what comes from what is known
+    def leaves(self, *values: object) -> None:
+        """These tensors go into code that is not torch's; within an op what comes of it is known."""
+        if not self._in_op:
             self.note_read(values)
 
 
@@ -111,15 +99,16 @@ class _Leaving(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", None) in _LEAVE_TORCH:
-            self.dependence._leaves(args)
+            self.dependence.leaves(args)
         return function(*args, **(kwargs or {}))
 
 
-def _tells_host(op: torch._ops.OpOverload, args: tuple) -> bool:
-    """Whether the host learns something of the values: one of them, or by them the shape of the result."""
-    if op is torch.ops.aten.index.Tensor:  # only masks decide the shape
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+def _told_to_host(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> object:
+    """The arguments of whose values the host learns something: a number, or by them the shape of the result."""
+    if op is torch.ops.aten.index.Tensor:  # x[mask] has a shape by the mask, x[ids] has not
+        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+    tells = torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+    return (args, kwargs) if tells else ()
 
 
 def _memory(tensor: Tensor) -> int:

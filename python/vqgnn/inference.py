@@ -51,7 +51,8 @@ def layerwise(
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
         folder: keep the rows, and the result, in memory-mapped scratch files in this folder instead of in RAM.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        forward: how to call the model on a batch, which has what one of BatchLoader has; default
+            `model(batch.x, batch.graph)`.
 
     Raises:
         ValueError: an unknown option, a model that is not converted, or a batch_size below the number of nodes for a

@@ -45,15 +45,10 @@ class Batch:
 
         move: brings them to the model's device; default: at once.
         """
-        n_id = graph.origin.n_id
+        n_id, move = graph.origin.n_id, move or (lambda tensor: tensor.to(graph.n_id.device))
         if n_id.numel() < graph.graph.num_nodes:
             tensors = {name: tensor[n_id.to(tensor.device)] for name, tensor in tensors.items()}
-        if move is None:
-            device = graph.n_id.device
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        else:
-            tensors = {name: move(tensor) for name, tensor in tensors.items()}
-        return cls(graph, {"x": graph.x, **tensors})
+        return cls(graph, {"x": graph.x, **{name: move(tensor) for name, tensor in tensors.items()}})
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k}={list(v.shape)}" for k, v in self.__dict__.items() if isinstance(v, Tensor))
