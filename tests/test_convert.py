@@ -91,6 +91,26 @@ def test_filled_stores_hold_the_exact_states(data):
     assert not vqgnn.stores(model)["convs.1"].pull().any()
 
 
+@pytest.mark.parametrize("fill", [True, False])
+def test_forward_may_use_the_datas_other_tensors(fill, data):
+    """`convert` tries the model on batches with all that those of BatchLoader have."""
+    data.pe, data.order = torch.randn(40, 6), torch.arange(40)
+    loaded = set(vars(next(iter(vqgnn.BatchLoader(data, batch_size=7)))))
+    model, seen = GCN(6, 8, 2, 3), []
+
+    def forward(model, batch):
+        seen.append(batch)
+        return model(batch.x + batch.pe * batch.order[:, None], batch.graph)
+
+    vqgnn.convert(model, data, fill=fill, method="gas", forward=forward)
+    for batch in seen:
+        assert set(vars(batch)) == loaded
+        assert torch.equal(batch.order, batch.n_id) and torch.equal(batch.y, data.y[batch.n_id])
+    hidden = model.eval().convs[0](data.x + data.pe * data.order[:, None], data.edge_index).relu()
+    if fill:
+        torch.testing.assert_close(vqgnn.stores(model)["convs.1"].pull(), hidden, atol=1e-5, rtol=1e-5)
+
+
 def test_convert_again_with_another_method(data):
     model = GCN(6, 8, 3, 3)
     expected = model.eval()(data.x, data.edge_index)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.nn import HeteroConv, to_hetero
 
@@ -531,6 +531,53 @@ def test_convs_in_a_row_with_skips_and_self_loops(norm):
     torch.testing.assert_close(layerwise(model, data, 25, method="stale"), expected, atol=1e-4, rtol=1e-4)
     half = layerwise(model, data, 25, dtype=torch.float16)
     torch.testing.assert_close(half, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("skip", ["detach", "gate", "numpy"])
+def test_what_skips_a_conv_without_a_gradient(skip):
+    """An earlier conv's result, used again where autograd does not see it, is the whole graph's too."""
+    use = {"detach": Tensor.detach, "gate": lambda h: h > 0, "numpy": lambda h: torch.from_numpy(h.detach().numpy())}
+
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(pyg.GraphConv(6, 6) for _ in range(3))
+
+        def forward(self, x_dict, edges):
+            h = self.convs[0](x_dict["paper"], edges[CITES])
+            later = self.convs[1](h.relu(), edges[CITES]) + use[skip](h)
+            return self.convs[2](later, edges[CITES]) + use[skip](h)
+
+    graph, model, data = hetero_graph(), Skips().eval(), HeteroData()
+    data["paper"].x, data[CITES].edge_index = graph["paper"].x, graph[CITES].edge_index
+    expected = model(data.x_dict, data.edge_index_dict).detach()
+    vqgnn.convert(model, data, method="gas")
+    torch.testing.assert_close(layerwise(model, data, 7), expected, atol=1e-4, rtol=1e-4)
+    loader = vqgnn.BatchLoader(data, 7)
+    for batch in loader:
+        out = model(batch.x_dict, batch.graph_dict)
+        torch.testing.assert_close(out, expected[batch["paper"].n_id], atol=1e-4, rtol=1e-4)
+
+
+def test_batches_bring_the_datas_other_tensors():
+    model, data = build("layers")
+    data["author"].pe = torch.randn(25, 5)
+    data["paper"].scale = torch.randint(1, 3, (40,))
+
+    def inputs(batch):
+        x = batch.x_dict
+        return x | {"author": x["author"] + batch["author"].pe, "paper": x["paper"] * batch["paper"].scale[:, None]}
+
+    def forward(model, batch):
+        return model(inputs(batch), batch.graph_dict)
+
+    expected = model(inputs(data), data.edge_index_dict, data.edge_weight_dict)
+    vqgnn.convert(model, data, method="gas", forward=forward)
+    out = layerwise(model, data, 25, forward=forward)
+    stale = layerwise(model, data, 25, method="stale", forward=forward)
+    for node_type, rows in expected.items():
+        torch.testing.assert_close(out[node_type], rows.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(stale[node_type], rows.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_pass_serves_all_convs_of_a_layer(monkeypatch):

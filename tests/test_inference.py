@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
@@ -212,3 +213,142 @@ def test_only_skip_connections_keep_every_convs_output(jk, chain, data):
         sweep.run(model)
     assert sweep.chain is chain
     assert all(output is None for output in sweep.outputs) is chain
+
+
+def routed(h: torch.Tensor) -> torch.Tensor:
+    """Written into a view of a fresh tensor, where the condition alone comes from h."""
+    out = torch.zeros(h.size(0), 9)
+    out[:, :8][(h > 0).all(1) | (h[:, 0] > 0)] = 1.0
+    return out[:, :8] + out.size(1)
+
+
+# what of an earlier conv's output h [n, 8] is used again, in ways that autograd does not see, or only in part
+SKIPS = {
+    "detach": lambda h: h.detach(),
+    "gate": lambda h: (h > 0).float(),
+    "argmax": lambda h: F.one_hot(h.argmax(1), 8).float(),
+    "threshold": lambda h: (h > 3).float(),  # which a probe's values need not reach
+    "data": lambda h: h.data.clone(),
+    "in place": lambda h: torch.zeros(h.size(0), 8).copy_(h),
+    "routed": routed,
+    "numpy": lambda h: torch.from_numpy(h.numpy().copy()),
+    "list": lambda h: torch.tensor(h.tolist()),
+    "rows read": lambda h: torch.stack([row if float(row.max()) > 0 else -row for row in h]),
+    "count": lambda h: torch.full((h.size(0), 8), 0.5 if (h > 0).nonzero().size(0) else 0.0),
+    "rounded": lambda h: h.round().int() * torch.ones(8),
+}
+
+
+class Skip(nn.Module):
+    """The first conv's output goes on to the second, and skips it: to the third, or without one to the result."""
+
+    def __init__(self, skip: str, convs: int = 3):
+        super().__init__()
+        self.skip, self.convs = skip, nn.ModuleList(pyg.GCNConv(c, 8) for c in (6, 8, 8)[:convs])
+
+    def forward(self, x, graph):
+        h = self.convs[0](x, graph) * 8
+        with torch.no_grad():
+            skipped = SKIPS[self.skip](h)
+        x = self.convs[1](h.relu(), graph) + skipped
+        return self.convs[2](x, graph) if len(self.convs) > 2 else x
+
+
+@pytest.mark.parametrize("convs", [2, 3])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_what_skips_a_conv_without_a_gradient(skip, convs, data):
+    model = Skip(skip, convs)
+    expected, third = exact(model, data), []
+    if convs == 3:
+        model.convs[2].register_forward_pre_hook(lambda conv, given: third.append(given[0].detach()))
+        exact(model, data)
+        model.convs[2]._forward_pre_hooks.clear()
+    vqgnn.convert(model, data, method="gas")
+    for rows in third:
+        torch.testing.assert_close(vqgnn.stores(model)["convs.2"].pull(), rows, atol=1e-5, rtol=1e-5)
+    for size in (7, None):
+        torch.testing.assert_close(layerwise(model, data, size), expected, atol=1e-5, rtol=1e-5)
+
+
+class Chain(nn.Module):
+    """Nothing skips a conv, and what comes between is no obstacle to knowing it."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between, self.convs = between, nn.ModuleList(pyg.GCNConv(c, 8) for c in (6, 8, 8))
+        self.norm, self.scale = nn.BatchNorm1d(8), torch.tensor(0.5)
+
+    def forward(self, x, graph):
+        for conv in self.convs:
+            x = self.between(self, conv(x, graph))
+        return x
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model, x: x.detach() * (x > 0),
+        lambda model, x: model.norm(x).relu_().mul_(model.scale) * torch.tensor(2.0),
+        lambda model, x: torch.utils.checkpoint.checkpoint(model.norm, x, use_reentrant=True),
+        lambda model, x: F.dropout(x[:, [1, 0, 2, 3, 4, 5, 6, 7]], 0.5, model.training),
+        lambda model, x: torch.cat([x.new_zeros(len(x), 1), x], 1)[:, 1:] + torch.zeros_like(x),
+    ],
+    ids=["detach", "in-place", "checkpoint", "columns", "shapes"],
+)
+def test_a_chain_keeps_no_output(between, data):
+    model = Chain(between)
+    expected = exact(model, data)
+    vqgnn.convert(model, data, method="full")
+    sweep = inference._Sweep(data, 7, torch.float32, None, inference.call_model, False)
+    with inference.evaluating(model), torch.no_grad():
+        out = sweep.run(model)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert sweep.chain and not any(output is not None for output in sweep.outputs)
+
+
+class Encodings(nn.Module):
+    """A model with more inputs: a positional encoding, and a scale a node."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.gnn = nn.Linear(4, 6), GCN(6, 8, 3, 3)
+
+    def forward(self, x, pe, scale, graph):
+        return self.gnn(x + self.lin(pe) * scale[:, None], graph)
+
+
+@pytest.mark.parametrize("method", ["exact", "stale", "vq"])
+def test_batches_bring_the_datas_other_tensors(method, data):
+    data.pe, data.scale = torch.randn(40, 4), torch.randint(3, (40,))
+    model = Encodings()
+    expected = model.eval()(data.x, data.pe, data.scale, data.edge_index).detach()
+
+    def forward(model, batch):
+        return model(batch.x, batch.pe, batch.scale, batch.graph)
+
+    vqgnn.convert(model, data, codec="pq:d=8,k=40", forward=forward)  # a code a row
+    out = layerwise(model, data, None if method == "exact" else 7, method, forward=forward)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    if method == "exact":
+        torch.testing.assert_close(layerwise(model, data, 7, forward=forward), expected, atol=1e-5, rtol=1e-5)
+    inference.estimate_norms(model, data, forward)
+    vqgnn.warmup(model, data, forward)
+    assert vqgnn.diagnostics.error_bound(
+        model, data, next(iter(vqgnn.BatchLoader(data))), forward, loss=lambda out: out.pow(2).sum()
+    )
+
+
+def test_statistics_over_another_tensor_split_no_nodes(data):
+    """As those of x: also where the probe's nodes are all alike."""
+    data.pe = torch.zeros(40, 6)
+    data.pe[20:] = torch.randn(20, 6)
+    model = GCN(6, 8, 2, 3)
+
+    def forward(model, batch):
+        return model(batch.x + batch.pe.mean(0), batch.graph)
+
+    expected = model.eval()(data.x + data.pe.mean(0), data.edge_index).detach()
+    vqgnn.convert(model, data, forward=forward)
+    torch.testing.assert_close(layerwise(model, data, forward=forward), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="takes statistics over all nodes"):
+        layerwise(model, data, 7, forward=forward)

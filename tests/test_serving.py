@@ -261,3 +261,15 @@ def test_files_that_do_not_fit(known_and_new, capsys):
         capsys.readouterr()
         assert main(["predict", run, "--new", str(path / "bad.npz"), "--out", str(path / "pred.npz")]) == 2
         assert word in capsys.readouterr().err
+
+
+def test_other_tensors_of_new_nodes_are_not_known(new):
+    """Only their x is given: a model that takes more is told so, and one that does not runs."""
+    data = awkward_graph()
+    data.pe = torch.randn(KNOWN, 6)
+    model = converted("gcn", data, method="gas")
+    with pytest.raises(AttributeError, match=r"new nodes have no 'pe', only x.*put it into data\.x"):
+        new_nodes(model, data, *new, forward=lambda model, batch: model(batch.x + batch.pe, batch.graph))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        new_nodes(model, data, *new, forward=lambda model, batch: model(batch.nothing, batch.graph))
+    assert len(new_nodes(model, data, *new)) == NEW

@@ -19,7 +19,7 @@ from .attention import Attention
 from .calling import call_model, device_of, evaluating
 from .dropout import watch_dropout
 from .generic import GenericConv, make_generic
-from .graph import BatchGraph, Graph, not_an_edge_index
+from .graph import BatchGraph, Graph, node_tensors, not_an_edge_index
 from .inference import warmup
 from .loader import Batch
 from .nn import CONVS
@@ -88,8 +88,8 @@ def convert(
             for the next batches of the nodes that it has read (`NodeStore.leave`): on a GPU where the states are, too.
         fill: fill the stores by one exact forward sweep now, so that no batch reads an empty store.
         seed: of the codebooks.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`, of a HeteroData
-            `model(batch.x_dict, batch.graph_dict)`.
+        forward: how to call the model on a batch, which has what one of BatchLoader has; default
+            `model(batch.x, batch.graph)`, of a HeteroData `model(batch.x_dict, batch.graph_dict)`.
         place: where node state lies: "device" (the model's), "host" (RAM, for a model on a GPU and data in RAM), "disk"
             (memory-mapped files), or "auto": the first of them of whose free memory it would take at most half; or
             "pinned" (see `NodeStore`). A HeteroData takes "device" and, on the CPU, "disk".
@@ -140,7 +140,7 @@ def convert(
         for name, conv in found.items():
             _make_store_conv(conv)
             convs |= {name + more: part for more, part in conv.store_parts().items()}
-        calls = _probe(model, graph, device, forward)
+        calls = _probe(model, graph, node_tensors(data), device, forward)
         uses: dict[StoreConv, StoreUse] = {}
         attentive = False  # whether some attention reads stored rows
         wanted: list[tuple[object, str, dict]] = []  # the stores to make: of whom, its attribute, their arguments
@@ -370,13 +370,15 @@ class _Probe:
         self.calls[conv] = dim, sees_features
 
 
-def _probe(model: nn.Module, graph: Graph, device: torch.device, forward) -> dict[StoreConv, tuple[int, bool]]:
+def _probe(
+    model: nn.Module, graph: Graph, tensors: dict[str, Tensor], device: torch.device, forward: Callable
+) -> dict[StoreConv, tuple[int, bool]]:
     probe = _Probe()
     x = graph.x[:_PROBE_NODES].clone().to(device)
     n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
         try:
-            forward(model, Batch(BatchGraph(graph, n_id, x, run=probe), {"x": x}))
+            forward(model, Batch.of(BatchGraph(graph, n_id, x, run=probe), tensors))
         except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
             raise not_an_edge_index("a function of torch_geometric.utils") from error
     return probe.calls

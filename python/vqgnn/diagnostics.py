@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from vqgnn_kernels import Rows
 
 from .conversion import stores
-from .graph import BatchGraph, Convolution, Graph, MovedBatch
+from .graph import BatchGraph, Convolution, Graph, MovedBatch, node_tensors
 from .inference import call_model, device_of, evaluating, visit_inputs
 from .loader import Batch
 from .store import Neighbours
@@ -156,7 +156,7 @@ def _full_batch_gradients(
     whole = BatchGraph(graph, torch.arange(graph.num_nodes, device=graph.x.device), graph.x, run=answer)
     if device != graph.x.device:
         whole = MovedBatch(whole, lambda tensor: tensor.to(device))
-    value = loss(forward(model, Batch(whole, {"x": whole.x})))
+    value = loss(forward(model, Batch.of(whole, node_tensors(data))))
     wanted = [tensor for pair in found.values() for tensor in pair]
     if not wanted:
         return {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.data.storage import NodeStorage
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import add_self_loops, degree, get_laplacian, remove_self_loops
 
@@ -150,6 +151,11 @@ def _tensors(data: Data) -> dict[str, Tensor]:
     """What a graph is made of."""
     given = {"edge_index": data.edge_index, "x": data.x}
     return {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)} | edge_tensors(data)
+
+
+def node_tensors(data: Data | NodeStorage) -> dict[str, Tensor]:
+    """The tensors of a `Data`, or of a type of a `HeteroData`, with a row a node, without x: what batches bring too."""
+    return {k: v for k, v in data.to_dict().items() if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
 
 
 def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ def convert(
     try:
         for conv in convs.values():
             make_relation_conv(conv)
-        calls = Structure(model, graph, forward, examines=True).calls
+        calls = Structure(model, data, forward, examines=True).calls
         missing = [name for name, conv in convs.items() if conv not in calls]
         if missing:
             raise ValueError(

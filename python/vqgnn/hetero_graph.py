@@ -25,6 +25,7 @@ from .graph import (
     edge_tensors,
     edge_weight,
     lasting,
+    node_tensors,
 )
 
 EdgeType = tuple[str, str, str]
@@ -267,12 +268,9 @@ class HeteroGraph:
         return batch
 
 
-def node_tensors(data: HeteroData) -> dict[str, dict[str, Tensor]]:
-    """The tensors of every type with a row a node, but x."""
-    return {
-        store._key: {k: v for k, v in store.items() if k != "x" and isinstance(v, Tensor) and store.is_node_attr(k)}
-        for store in data.node_stores
-    }
+def tensors_by_type(data: HeteroData) -> dict[str, dict[str, Tensor]]:
+    """What batches bring of every type beside x."""
+    return {store._key: node_tensors(store) for store in data.node_stores}
 
 
 def _tensors(data: HeteroData) -> dict[tuple, Tensor]:

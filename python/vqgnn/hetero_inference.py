@@ -16,7 +16,7 @@ from vqgnn_kernels import Rows
 
 from . import tables
 from .calling import call_model, evaluating
-from .hetero_graph import BatchRelation, HeteroGraph
+from .hetero_graph import BatchRelation, HeteroGraph, tensors_by_type
 from .hetero_survey import Structure
 from .loader import BatchLoader
 from .relation_conv import GIVEN_EDGES, RelationConv, deliver
@@ -65,7 +65,7 @@ def _stale(
 ) -> Tensor | dict[str, Tensor]:
     graph = HeteroGraph.of(data)
     with evaluating(model):
-        output, results = Structure(model, graph, forward).output_type(), {}
+        output, results = Structure(model, data, forward).output_type(), {}
         for batch in tqdm(BatchLoader(data, batch_size), disable=not progress, desc="inference", leave=False):
             for node_type, rows in _by_type(forward(model, batch), output).items():
                 if node_type not in results:
@@ -92,7 +92,7 @@ class _Sweep:
     """
 
     def __init__(self, model, data, batch_size, dtype, folder, forward, progress, fills=False):
-        self.model, self.graph = model, HeteroGraph.of(data)
+        self.model, self.data, self.graph, self.tensors = model, data, HeteroGraph.of(data), tensors_by_type(data)
         self.batch_size, self.dtype, self.folder = batch_size, dtype, folder
         self.forward, self.progress, self.fills = forward, progress, fills
         self.inputs: dict[int, Tensor] = {}  # rows of all sources, by their number
@@ -101,7 +101,7 @@ class _Sweep:
 
     def run(self) -> Tensor | dict[str, Tensor] | None:
         with evaluating(self.model):
-            structure = Structure(self.model, self.graph, self.forward)
+            structure = Structure(self.model, self.data, self.forward)
             self.calls, self.levels = structure.calls, structure.levels
             self.last = dict.fromkeys(self.calls, 0)  # pass in which a conv's result is needed for the last time
             for call in self.calls.values():
@@ -164,7 +164,7 @@ class _Sweep:
         self.left = sum(call.level in (self.level, self.level + 1) for call in self.calls.values())
         n_id = {k: torch.arange(of.start, of.stop, device=self.graph.device) for k, of in nodes.items()}
         try:
-            out = self.forward(self.model, self.graph.batch(n_id, run=self))
+            out = self.forward(self.model, self.graph.batch(n_id, self.tensors, run=self))
         except _Enough:
             return
         for node_type, rows in _by_type(out, output).items():

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import HeteroData
 
 from .calling import alike, evaluating
+from .dependence import Dependence
 from .graph import not_an_edge_index
-from .hetero_graph import BatchRelation, HeteroGraph, Relation
+from .hetero_graph import BatchRelation, HeteroGraph, Relation, tensors_by_type
 from .pyg_code import flat, has_rows, taken_edge_tensors
 from .relation_conv import Form, RelationConv, messages_only, run_code
 
@@ -43,20 +45,22 @@ class Structure:
     splits: whether, but for messages, it computes the same for some nodes with and without the others.
     """
 
-    def __init__(self, model: nn.Module, graph: HeteroGraph, forward: Callable, examines: bool = False):
-        self.graph, self.examines = graph, examines
+    def __init__(self, model: nn.Module, data: HeteroData, forward: Callable, examines: bool = False):
+        self.graph, self.tensors, self.examines = HeteroGraph.of(data), tensors_by_type(data), examines
         self.calls: dict[RelationConv, Call] = {}
         self._seen: list[Tensor] = []  # the tensors whose place is their number
         counts = self._sizes = self._counts()
-        with evaluating(model), torch.enable_grad():
-            self._out = self._run(model, forward, counts)
-            self.needs = self._needs(_rows_of(self._out))
+        self._dependence = Dependence()
+        with evaluating(model), torch.no_grad():
+            with self._dependence:
+                self._out = self._run(model, forward, counts)
+            self.needs = set(self._dependence.of(_rows_of(self._out)))
             together, self.examines = self._rows, False
-            with torch.no_grad():
-                self._run(model, forward, {k: min(n, max(2, n // 2)) for k, n in counts.items()})
+            self._run(model, forward, {k: min(n, max(2, n // 2)) for k, n in counts.items()})
         self.splits = all(alike(a[: len(b)], b) for a, b in zip(together, self._rows, strict=True))
         self.levels = max((call.level for call in self.calls.values()), default=0)
         self._seen.clear()
+        del self._dependence
 
     def _counts(self) -> dict[str, int]:
         sizes = sorted(self.graph.sizes.items(), key=lambda item: item[1])
@@ -80,18 +84,22 @@ class Structure:
         self._generator = torch.Generator().manual_seed(0)
         self._rows: list[Tensor] = []  # what the model computes between messages
         self._called: list[RelationConv] = []
-        self._outputs: list[Tensor] = []
-        x = self._x = {}
-        for node_type, rows in self.graph.x_dict.items():
-            leaf = rows[: counts[node_type]].clone()
-            x[node_type] = (leaf + self._noise(leaf) / 2).requires_grad_() * 1  # no leaf: models may work in place
         n_id = {k: torch.arange(counts[k], device=rows.device) for k, rows in self.graph.x_dict.items()}
+        x = self._x = {k: self._noisy(rows[: counts[k]]) for k, rows in self.graph.x_dict.items()}
+        batch = self.graph.batch(n_id, self.tensors, x=x, run=self)
+        for node_type, tensors in self.tensors.items():
+            for name in tensors:
+                batch[node_type][name] = self._noisy(batch[node_type][name])
         try:
-            out = forward(model, self.graph.batch(n_id, x=x, run=self))
+            out = forward(model, batch)
         except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
             raise not_an_edge_index("a function of torch_geometric.utils") from error
-        self._rows += [rows.detach() for rows in _rows_of(out)]
+        self._rows += _rows_of(out)
         return out
+
+    def _noisy(self, rows: Tensor) -> Tensor:
+        """Told apart where they are numbers; also a copy, as models may work in place."""
+        return rows + self._noise(rows) / 2 if rows.is_floating_point() else rows.clone()
 
     def _noise(self, like: Tensor) -> Tensor:
         """The same whatever the number of rows."""
@@ -103,29 +111,29 @@ class Structure:
         if conv in self._called:
             raise ValueError(f"{name} is called twice in one forward; give each call a conv of its own")
         told = conv.message_input(source)
+        rows = self._dependence.cut(source)
+        target_rows = rows if target is source else self._dependence.cut(target)
         if self.examines:
-            conv.form = None if conv.fixed else _examined(conv, source, target, relation)
-        self._rows += [source.detach(), target.detach()]
-        with torch.no_grad():
-            if conv.fixed:
-                out = conv.combine(target, told.new_zeros(len(target), told.size(1)))
-            else:
-                none = torch.empty(2, 0, dtype=torch.int64, device=source.device)
-                values = {key: relation.edge_tensors[key][:0] for key in conv.form.edge_values}
-                out = run_code(conv, source, target, none, values)
-        self._rows.append(out)
+            conv.form = None if conv.fixed else _examined(conv, rows, target_rows, relation)
+        if conv.fixed:
+            out = conv.combine(target_rows, told.new_zeros(len(target), told.size(1)))
+        else:
+            none = torch.empty(2, 0, dtype=torch.int64, device=source.device)
+            values = {key: relation.edge_tensors[key][:0] for key in conv.form.edge_values}
+            out = run_code(conv, rows, target_rows, none, values)
+        self._rows += [rows, target_rows, out]
         # random, as without messages all nodes may be alike, and statistics over them would not show
         out = self._noise(out)
         if conv not in self.calls:
-            needs = self._needs([source, target])
+            needs = set(self._dependence.of(source, target))
             self.calls[conv] = Call(
                 relation, self._number(told), self._number(target), told is graph.x,
                 target is self._x[relation.edge_type[2]],
                 told.size(1), target.size(1), out[:0], needs, 1 + max((self.calls[c].level for c in needs), default=0),
             )  # fmt: skip
         self._called.append(conv)
-        self._outputs.append(out.requires_grad_())
-        return out * 1  # not the leaf itself: models may work in place
+        self._dependence.mark(out, conv)
+        return out
 
     def _number(self, tensor: Tensor) -> int:
         for number, seen in enumerate(self._seen):
@@ -133,19 +141,6 @@ class Structure:
                 return number
         self._seen.append(tensor)
         return len(self._seen) - 1
-
-    def _needs(self, values: list[Tensor]) -> set[RelationConv]:
-        """The convs that these values depend on, with no other between; all so far where that cannot be told."""
-        if not self._outputs:
-            return set()
-        if not all(value.requires_grad for value in values):  # cut off from their graph
-            return set(self._called)
-        try:
-            total = sum(value.float().sum() for value in values)
-            found = torch.autograd.grad(total, self._outputs, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # a checkpoint is in the way
-            return set(self._called)
-        return {conv for conv, g in zip(self._called, found, strict=True) if g is not None}
 
 
 def _rows_of(out: object) -> list[Tensor]:

@@ -15,7 +15,8 @@ from vqgnn_kernels import Rows
 
 from . import hetero_inference, tables
 from .calling import alike, call_model, device_of, evaluating
-from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch
+from .dependence import Dependence
+from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch, node_tensors
 from .loader import Batch, BatchLoader
 from .store_conv import StoreConv
 
@@ -50,7 +51,8 @@ def layerwise(
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
         folder: keep the rows, and the result, in memory-mapped scratch files in this folder instead of in RAM.
-        forward: how to call the model on a batch; default `model(batch.x, batch.graph)`.
+        forward: how to call the model on a batch, which has what one of BatchLoader has; default
+            `model(batch.x, batch.graph)`.
 
     Raises:
         ValueError: an unknown option, a model that is not converted, or a batch_size below the number of nodes for a
@@ -172,7 +174,7 @@ class _Sweep:
     """The passes of layer-wise inference. Set as a batch's `run`, it answers for every conv (see BatchGraph)."""
 
     def __init__(self, data, batch_size, dtype, folder, forward, progress, quantise=False, on_inputs=None):
-        self.graph = Graph.of(data)
+        self.graph, self.tensors = Graph.of(data), node_tensors(data)
         self.batch_size = batch_size
         self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
         self.quantise, self.on_inputs = quantise, on_inputs
@@ -216,7 +218,7 @@ class _Sweep:
                 if x.device != self.device:
                     batch_graph = MovedBatch(batch_graph, lambda tensor: tensor.to(self.device))
                 try:
-                    out = self.forward(model, Batch(batch_graph, {"x": batch_graph.x}))
+                    out = self.forward(model, Batch.of(batch_graph, self.tensors))
                 except _NextConv:
                     continue
                 if result is None:
@@ -256,61 +258,56 @@ class _Sweep:
     def _structure(self, model: nn.Module) -> tuple[int, bool, bool]:
         """Number of convs, whether they form a chain, and whether nodes may be split into batches; from a few nodes.
 
-        A chain has no skip connection and each conv tells neighbours its own x: by autograd, nothing after a conv
-        depends on the output of an earlier one. Nodes may be split where, but for messages, the model computes the same
-        for some of them with and without the others.
+        A chain has no skip connection and each conv tells neighbours its own x: nothing after a conv depends on the
+        output of an earlier one. Nodes may be split where, but for messages, the model computes the same for some of
+        them with and without the others.
         """
-        outputs: list[Tensor] = []
         rows: list[Tensor] = []  # what the model computes between messages
-        chain = True
-
-        def depends_on_earlier(value: Tensor) -> bool:
-            if not value.requires_grad:  # cut off from its graph: nothing can be told
-                return True
-            if len(outputs) < 2:
-                return False
-            try:
-                found = torch.autograd.grad(value.sum(), outputs[:-1], retain_graph=True, allow_unused=True)
-            except RuntimeError:  # a checkpoint is in the way
-                return True
-            return any(gradient is not None for gradient in found)
+        num_convs, chain = 0, True
+        generator = None
 
         def note(conv: StoreConv, x: Tensor, batch: BatchGraph, output=None) -> Tensor:
-            nonlocal chain
+            nonlocal num_convs, chain
             source = conv.message_input(x)
-            chain = chain and conv.chains and source is x and torch.is_grad_enabled()  # off inside a checkpoint
-            chain = chain and not (outputs and depends_on_earlier(x))
-            x = x.detach()
+            chain = chain and conv.chains and source is x and not skips(x)
+            x = dependence.cut(x)
             out = conv.combine(x, torch.zeros_like(source)) if output is None else output(None, x)
-            rows.extend([x, out.detach()])
+            rows.extend([x, out])
             # random, as without messages all nodes may be alike, and statistics over them would not show
-            out = noise(out).requires_grad_()
-            outputs.append(out)
-            return out * 1  # not the leaf itself: models may work in place
+            out = noise(out)
+            dependence.mark(out, num_convs)
+            num_convs += 1
+            return out
+
+        def skips(value: Tensor) -> bool:
+            """Whether it depends on a conv before the last one."""
+            return not dependence.of(value) <= {num_convs - 1}
 
         def noise(like: Tensor) -> Tensor:
             """The same whatever the number of rows."""
             return torch.rand(_PROBE_NODES, *like.shape[1:], generator=generator)[: len(like)].to(like)
 
         def run(count: int) -> Tensor:
-            nonlocal generator
-            generator = torch.Generator().manual_seed(0)
-            x = self.graph.x[:count].clone().to(self.device)
-            x += noise(x) / 2
-            n_id = torch.arange(count, device=self.device)
-            out = self.forward(model, Batch(_Edgeless(self.graph, n_id, x, run=note), {"x": x}))
-            rows.append(out.detach())
+            nonlocal generator, num_convs
+            generator, num_convs = torch.Generator().manual_seed(0), 0
+            x = self.graph.x[:count].to(self.device)
+            batch_graph = _Edgeless(self.graph, torch.arange(count, device=self.device), x + noise(x) / 2, run=note)
+            batch = Batch.of(batch_graph, self.tensors)
+            for name in self.tensors:
+                value = getattr(batch, name)
+                setattr(batch, name, value + noise(value) / 2 if value.is_floating_point() else value)
+            out = self.forward(model, batch)
+            rows.append(out)
             return out
 
-        generator = None
         count = min(_PROBE_NODES, self.graph.num_nodes)
-        with torch.enable_grad():
+        with Dependence() as dependence:
             out = run(count)
-            is_chain = chain and not depends_on_earlier(out)
-        num_convs, together = len(outputs), rows[:]
+        # With what the host reads it may choose what to call, and must read the real values.
+        is_chain = chain and not skips(out) and not dependence.read
+        together = rows[:]
         rows.clear()
-        with torch.no_grad():
-            run(min(count, max(2, count // 2)))  # one row alone has no variance
+        run(min(count, max(2, count // 2)))  # one row alone has no variance
         splits = all(alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
         return num_convs, is_chain, splits
 

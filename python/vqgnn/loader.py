@@ -6,7 +6,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from torch_geometric.data import Data, HeteroData
 from vqgnn_kernels import set_num_threads
 
 from . import samplers
-from .graph import BatchGraph, Graph, MovedBatch
-from .hetero_graph import HeteroGraph, node_tensors
+from .graph import BatchGraph, Graph, MovedBatch, node_tensors
+from .hetero_graph import HeteroGraph, tensors_by_type
 from .samplers import SAMPLERS
 
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
@@ -38,6 +38,17 @@ class Batch:
         self.graph = graph
         self.n_id = graph.n_id
         self.num_nodes = graph.n_id.numel()
+
+    @classmethod
+    def of(cls, graph: BatchGraph, tensors: dict[str, Tensor], move: Callable[[Tensor], Tensor] | None = None) -> Batch:
+        """The batch of a graph's nodes, with their rows of `tensors` of all nodes (see `node_tensors`) and its x.
+
+        move: brings them to the model's device; default: at once.
+        """
+        n_id, move = graph.origin.n_id, move or (lambda tensor: tensor.to(graph.n_id.device))
+        if n_id.numel() < graph.graph.num_nodes:
+            tensors = {name: tensor[n_id.to(tensor.device)] for name, tensor in tensors.items()}
+        return cls(graph, {"x": graph.x, **{name: move(tensor) for name, tensor in tensors.items()}})
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k}={list(v.shape)}" for k, v in self.__dict__.items() if isinstance(v, Tensor))
@@ -123,10 +134,7 @@ class BatchLoader:
         if moves and self.graph.device.type == "cuda":
             raise ValueError(f"device={device!r} but the data is on {self.graph.device}; give data.cpu()")
         self._stream = torch.cuda.Stream(self.device) if moves else None
-        if hetero:
-            self._tensors = node_tensors(data)
-        else:
-            self._tensors = {k: v for k, v in data if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
+        self._tensors = tensors_by_type(data) if hetero else node_tensors(data)
         self._epoch = 0
         if num_parts is None:
             batch_size = batch_size or math.ceil(n / 10)
@@ -173,16 +181,11 @@ class BatchLoader:
         graph = self.graph
         if isinstance(graph, HeteroGraph):
             return graph.batch(graph.by_type(n_id), self._tensors)
-        if n_id.numel() == graph.num_nodes:
-            batch_graph, tensors = BatchGraph(graph, n_id, graph.x), self._tensors
-        else:
-            batch_graph = BatchGraph(graph, n_id, graph.x[n_id])
-            tensors = {k: v[n_id] for k, v in self._tensors.items()}
+        batch_graph = BatchGraph(graph, n_id, graph.x if n_id.numel() == graph.num_nodes else graph.x[n_id])
         if self._stream is None:
-            return Batch(batch_graph.prepare(), {"x": batch_graph.x, **tensors})
+            return Batch.of(batch_graph.prepare(), self._tensors)
         move = _Move(self.device, self._stream)
-        moved = MovedBatch(batch_graph, move).prepare()
-        batch = Batch(moved, {"x": moved.x, **{name: move(tensor) for name, tensor in tensors.items()}})
+        batch = Batch.of(MovedBatch(batch_graph, move).prepare(), self._tensors, move)
         batch.arrival = move
         return batch
 

@@ -13,12 +13,26 @@ from vqgnn_kernels import Rows
 
 from .disk_graph import MappedData
 from .generic import GenericConv
-from .graph import BatchGraph, Graph
+from .graph import BatchGraph, Graph, node_tensors
 from .inference import call_model, device_of, evaluating
 from .loader import Batch
 from .pyg_code import taken_edge_tensors
 from .store_conv import StoreConv
 from .survey import Hop
+
+
+class _NewNodes(Batch):
+    """A batch of nodes of which only x is given; `known` are names of the data's other tensors."""
+
+    known: frozenset[str] = frozenset()
+
+    def __getattr__(self, name: str):
+        if name in self.known:
+            raise AttributeError(
+                f"new nodes have no {name!r}, only x; for a model that takes data.{name}, put it into data.x before "
+                "vqgnn.convert, or add the new nodes to the graph and use inference.layerwise"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @torch.no_grad()
@@ -37,6 +51,7 @@ def new_nodes(
     is exact where the store's states are (see `warmup`) and every edge leads to a new node. The cost is that of one
     batch; of the graph, only edges of the known neighbours are looked up. A conv that makes edges of its own (self
     loops, a normalisation) makes them of these: what it does to an edge may depend on the degrees of its ends alone.
+    Of the new nodes x alone is known: the batch that `forward` gets has none of the data's other tensors of nodes.
 
     Args:
         model: converted with a method that keeps states ("vq", "gas", "lmc"); evaluated in evaluation mode.
@@ -48,6 +63,7 @@ def new_nodes(
 
     Raises:
         ValueError: features or edges that do not fit, or a model without states.
+        AttributeError: `forward` takes another tensor of the nodes than x.
     """
     n, k = data.num_nodes, x.size(0)
     if x.dim() != 2 or x.size(1) != data.num_features or k == 0 or x.dtype != torch.float32:
@@ -120,7 +136,9 @@ def new_nodes(
     edges = [survey.edges for survey in surveys]
     try:
         with evaluating(model):
-            return forward(model, Batch(batch, {"x": batch.x}))
+            nodes = _NewNodes(batch, {"x": batch.x})
+            nodes.known = frozenset(node_tensors(data))
+            return forward(model, nodes)
     finally:  # of the known graph, which need not be made again
         for survey, known_edges in zip(surveys, edges, strict=True):
             survey.edges = known_edges
