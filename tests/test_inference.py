@@ -352,3 +352,39 @@ def test_statistics_over_another_tensor_split_no_nodes(data):
     torch.testing.assert_close(layerwise(model, data, forward=forward), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="takes statistics over all nodes"):
         layerwise(model, data, 7, forward=forward)
+
+
+class _Returns(torch.nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.convs, self.what = torch.nn.ModuleList([pyg.SAGEConv(6, 8), pyg.GCNConv(8, 3)]), what
+
+    def forward(self, x, edge_index):
+        hidden = self.convs[0](x, edge_index).relu()
+        return self.what(self.convs[1](hidden, edge_index), hidden)
+
+
+@pytest.mark.parametrize(
+    "what, came, key",
+    [
+        (lambda z, h: (z, h), "a tuple", 0),
+        (lambda z, h: {"z": z}, "a dict", "z"),
+        (lambda z, h: z.mean(0, keepdim=True), "a tensor", None),
+    ],
+)
+def test_results_that_are_no_rows_of_nodes(what, came, key):
+    data = awkward_graph()
+    model = vqgnn.convert(_Returns(what), data)
+    for method in ("exact", "stale"):
+        with pytest.raises(ValueError, match=f"returned {came}.* for .* nodes.*forward="):
+            layerwise(model, data, method=method)
+    if key is not None:
+        found = layerwise(model, data, forward=lambda model, batch: model(batch.x, batch.graph)[key])
+        torch.testing.assert_close(found, model(data.x, data.edge_index)[key].detach())
+
+
+@pytest.mark.parametrize("method", ["exact", "vq", "stale"])
+def test_one_number_a_node(method):
+    data = awkward_graph()
+    model = vqgnn.convert(_Returns(lambda z, h: z[:, 0]), data, codec="pq:d=1,k=40")
+    assert layerwise(model, data, method=method).shape == (data.num_nodes,)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch_geometric.data import Data, HeteroData
 from tqdm import tqdm
 
@@ -76,9 +77,9 @@ def layerwise(
             loader = BatchLoader(data, batch_size, seed=0, device=device_of(model, data))
             outputs = None
             for batch in tqdm(loader, disable=not progress, desc="inference", leave=False):
-                out = forward(model, batch)
+                out = _node_rows(forward(model, batch), batch)
                 if outputs is None:
-                    outputs = torch.empty(data.num_nodes, out.size(1), dtype=out.dtype, device=data.x.device)
+                    outputs = torch.empty(data.num_nodes, *out.shape[1:], dtype=out.dtype, device=data.x.device)
                 outputs[batch.graph.origin.n_id] = out.to(data.x.device)
             return outputs
         return _Sweep(data, batch_size, dtype, folder, forward, progress, quantise=method == "vq").run(model)
@@ -170,6 +171,17 @@ class _NextConv(Exception):
     """Raised by a conv that is reached before its inputs are known for every node."""
 
 
+def _node_rows(out: object, batch: Batch) -> Tensor:
+    """What a model has returned for a batch, if that is a row a node."""
+    if isinstance(out, Tensor) and out.dim() and out.size(0) == batch.num_nodes:
+        return out
+    came = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    raise ValueError(
+        f"the model returned {came} for {batch.num_nodes} nodes; inference takes one tensor with a row a node: give "
+        "forward=, as lambda model, batch: model(batch.x, batch.graph)[0]"
+    )
+
+
 class _Sweep:
     """The passes of layer-wise inference. Set as a batch's `run`, it answers for every conv (see BatchGraph)."""
 
@@ -217,10 +229,15 @@ class _Sweep:
                 batch_graph = BatchGraph(graph, torch.arange(start, stop, device=x.device), x, run=self)
                 if x.device != self.device:
                     batch_graph = MovedBatch(batch_graph, lambda tensor: tensor.to(self.device))
+                batch = Batch.of(batch_graph, self.tensors)
                 try:
-                    out = self.forward(model, Batch.of(batch_graph, self.tensors))
+                    out = self.forward(model, batch)
                 except _NextConv:
                     continue
+                if self.on_inputs is not None:  # nobody asks for it
+                    result = self.graph.x
+                    continue
+                out = _node_rows(out, batch)
                 if result is None:
                     result = self._rows(*out.shape[1:], dtype=out.dtype)
                 result[start:stop] = out
@@ -297,7 +314,7 @@ class _Sweep:
                 value = getattr(batch, name)
                 setattr(batch, name, value + noise(value) / 2 if value.is_floating_point() else value)
             out = self.forward(model, batch)
-            rows.append(out)
+            rows.extend(value for value in tree_leaves(out) if isinstance(value, Tensor) and value.dim())
             return out
 
         count = min(_PROBE_NODES, self.graph.num_nodes)
