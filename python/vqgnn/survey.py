@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch_geometric.nn import QuantileAggregation
 
+from .calling import alike
 from .graph import BatchEdges, Convolution, Graph
 from .pyg_code import (
     Given,
     Listen,
+    arguments_of,
+    call_pyg,
+    deliver,
     first_messages,
     flat,
     flatten,
@@ -95,6 +102,7 @@ class Survey:
     edges and their values come from one run on the whole graph. edge_values: by call, the names of propagate's (or
     edge_updater's) arguments with a row an edge. additive: whether messages are summed. edges: which edges messages
     follow, and valued: whether these have values. dropout: by call, with which probability training drops such a value.
+    accompanied: whether PyG's code fails without edges (`pyg_code.call_pyg`).
     """
 
     rows: list[str]
@@ -103,6 +111,7 @@ class Survey:
     edge_values: list[list[str]]
     additive: bool
     hops: list[Hop]
+    accompanied: bool
     edges: Convolution | Recorded | None = None
     valued: bool = False
     dropout: list[dict[str, float]] = field(default_factory=list)
@@ -117,10 +126,13 @@ class Call(NamedTuple):
 
 
 class Record:
-    """Notes every call's edges and arguments. Nothing is sent, so that a run costs no more than its rows."""
+    """Notes every call's edges and arguments. Nothing is sent, so that a run costs no more than its rows.
 
-    def __init__(self, edge_values: list[list[str]] | None = None):
-        self.edge_values = edge_values
+    accompanied: as in `Survey`; of a first run, what is found is set.
+    """
+
+    def __init__(self, edge_values: list[list[str]] | None = None, accompanied: bool = False):
+        self.edge_values, self.accompanied = edge_values, accompanied
         self.calls: list[Call] = []
 
     def edge_updater(self, conv: GenericConv, edge_index: Tensor, arguments: dict) -> Tensor:
@@ -136,9 +148,19 @@ class Record:
             nodes = node_arguments(conv, propagates)
             values = [k for k, v in arguments.items() if k not in nodes and has_rows(v, edge_index.size(1))]
         none = {k: v[:0] if k in values else v for k, v in arguments.items()}
-        call = conv.pyg_class.propagate if propagates else conv.pyg_class.edge_updater
-        out = call(conv, edge_index[:, :0], **none)
+        out = self._silence(conv, propagates, edge_index[:, :0], none)
         self.calls.append(Call(propagates, edge_index, arguments, values, out))
+        return out
+
+    def _silence(self, conv: GenericConv, propagates: bool, none: Tensor, arguments: dict) -> Tensor:
+        if not self.accompanied:
+            try:
+                return call_pyg(conv, propagates, none, None, arguments)
+            except Exception:  # an error of PyG's code that is none of edges' comes again
+                if not propagates:
+                    raise
+        out = call_pyg(conv, propagates, none, None, arguments, accompanied=True)
+        self.accompanied = True
         return out
 
     def values(self) -> list[dict[str, Tensor]]:
@@ -160,31 +182,39 @@ def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
     name, n = type(conv).__name__, given.graph.n_id.numel()
     names = [k for k, v in given.bound.arguments.items() if has_rows(v, n) and v.is_floating_point()]
     ends = torch.arange(n, device=given.graph.n_id.device)
-    pairs = torch.stack([ends.repeat_interleave(n), ends.repeat(n)])
-    edge_index = pairs[:, pairs[0] != pairs[1]].repeat(1, 2)  # all twice: never as many as nodes
+    pairs = torch.stack([ends.repeat(2 * n), ends.repeat_interleave(2 * n)])  # all twice: never as many as nodes
+    edge_index = flow(conv, pairs[:, pairs[0] != pairs[1]])  # by target, as some aggregations ask
     values = {k: v.new_full((edge_index.size(1), *v.shape[1:]), v.is_floating_point())
               for k, v in given.edge_tensors.items()}  # fmt: skip
     given = replace(given, edge_tensors=values)
     rows = {k: v.detach().clone().requires_grad_() for k, v in given.rows(names).items()}
     with uncached(conv):
         told = _told(conv, given, rows, edge_index)
-        record = Record()
+        # a median without edges is an index out of bounds: no error that a GPU's process survives
+        record = Record(accompanied=any(isinstance(module, QuantileAggregation) for module in conv.modules()))
         out = run(conv, record, given, rows, edge_index, slice(None))
         hops = _hops(conv, record, rows, told, n)
         edge_values = [call.edge_values for call in record.calls]
         records = any(call.edge_index is not edge_index for call in record.calls)
         if not records and any(edge_values):  # do the other edges decide an edge's value, or will later hops need it?
-            half = Record(edge_values)
+            half = Record(edge_values, record.accompanied)
             run(conv, half, given, rows, edge_index[:, ::2], slice(None, None, 2))
             records = len(hops) > 1 or not record.agrees(half, slice(None, None, 2))
         _check_values(conv, record, rows, records)
-        conv.survey = Survey(names, told, records, edge_values, False, hops)
+        if not has_rows(out, n):
+            raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
+        conv.survey = Survey(names, told, records, edge_values, False, hops, record.accompanied)
         conv.survey.dropout = [{} for _ in edge_values]
         if records:
             conv.survey.dropout = _dropout(conv, record, given, rows, edge_index)
-        conv.survey.additive = _additive(conv, given, record)
-    if not has_rows(out, n):
-        raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
+        conv.survey.edges = Recorded(flow(conv, record.calls[0].edge_index), record.values())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            source = torch.randn(n, hops[0].dim).to(source_rows(conv, given))
+        _check_told(conv, given, source, edge_index)
+        if all(torch.equal(call.edge_index, record.calls[0].edge_index) for call in record.calls):  # else see `_record`
+            _check_batch(conv, given, source)
+        conv.survey.additive = _additive(conv, given, source)
     return out.detach(), source_rows(conv, given) is given.graph.x
 
 
@@ -263,7 +293,7 @@ def _dropout(
 
     Repeated dropout, as APPNP's, is one of a larger probability then; which values a later hop drops is drawn anew.
     """
-    again = Record([call.edge_values for call in record.calls])
+    again = Record([call.edge_values for call in record.calls], record.accompanied)
     conv.training = True  # alone: modules inside stay as they are, and keep their statistics
     try:
         with torch.random.fork_rng(), _KeepAll():
@@ -287,22 +317,128 @@ def _dropout(
 
 
 @torch.no_grad()
-def _additive(conv: GenericConv, given: Given, record: Record) -> bool:
+def _check_told(conv: GenericConv, given: Given, source: Tensor, edge_index: Tensor) -> None:
+    """Raise where what a node tells the others depends on edges or on other rows: the halo has none of the edges."""
+    name, ends = type(conv).__name__, torch.arange(len(source), device=source.device)
+
+    def heard(nodes: Tensor, kept: Tensor) -> list[dict]:
+        some = _part(given, nodes)
+        return run(conv, Listen(), some, arguments_of(conv, some, source[nodes]), edge_index[:, kept], kept)
+
+    uneven = (edge_index[0] < edge_index[1]).nonzero()[:, 0]  # so that degrees differ
+    advice = (
+        "of the nodes that a batch reads from outside it has neither all edges nor all neighbours; compute {} once, of "
+        "the whole graph, and give it to the model as a node-level tensor (a feature beside x), or weigh edges with it"
+    )
+    try:
+        alone = heard(ends, uneven[:0])
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails without edges ({type(error).__name__}: {error}), and "
+            f"{advice.format('what it reads of them')}"
+        ) from error
+    if key := _difference(conv, heard(ends, uneven), alone, ends):
+        raise ValueError(
+            f"{name} gives propagate an {key} that depends for a node on which edges there are (its degree?), and "
+            f"{advice.format('what is made of them')}"
+        )
+    for nodes in (ends.flip(0)[::2], ends.flip(0)[1::2]):
+        if nodes.numel() and (key := _difference(conv, alone, heard(nodes, uneven[:0]), nodes)):
+            raise ValueError(
+                f"{name} gives propagate an {key} that depends for a node on other nodes' rows (their mean?), of which "
+                "a batch has not all; do that outside the conv, or once to the features"
+            )
+
+
+def _part(given: Given, nodes: Tensor) -> Given:
+    """The same call for some of its nodes."""
+    arguments = given.bound.arguments
+    n = given.graph.n_id.numel()
+    arguments = {key: value[nodes] if has_rows(value, n) else value for key, value in arguments.items()}
+    return replace(given, bound=inspect.BoundArguments(given.bound.signature, arguments))
+
+
+def _difference(conv: GenericConv, all_nodes: list[dict], some: list[dict], nodes: Tensor) -> str | None:
+    """Which argument that neighbours are told is another for the same nodes."""
+    for k, (arguments, its) in enumerate(zip(all_nodes, some, strict=False)):
+        for name in sorted(node_arguments(conv, k == len(all_nodes) - 1)):
+            pairs = zip(tensors([arguments[name]]), tensors([its[name]]), strict=True)
+            if not all(_same(mine.index_select(conv.node_dim, nodes), other) for mine, other in pairs):
+                return name
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = (t.nan_to_num() if t.is_floating_point() else t.float() for t in (a, b))
+    return a.shape == b.shape and alike(a, b)
+
+
+@torch.no_grad()
+def _check_batch(conv: GenericConv, given: Given, source: Tensor) -> None:
+    """Raise where a batch of the first nodes, its halo known exactly, gets anything but what the whole graph gives."""
+    name, survey, n = type(conv).__name__, conv.survey, len(source)
+    ends, b = torch.arange(n, device=source.device), max(1, n // 2 - 1)
+    sources, targets = edge_index = survey.edges.edge_index
+    by_target = targets.argsort(stable=True)
+    kept = by_target[((targets >= b) | (sources % 3 == 1))[by_target]]  # fewer edges into the batch than elsewhere
+    into = kept[targets[kept] < b]
+    halo = sources[into].unique()
+    halo = halo[halo >= b]
+    place = ends.clone()
+    place[halo] = b + ends[: halo.numel()]
+    whole = BatchEdges(edge_index[:, kept], halo[:0], kept)
+    edges = BatchEdges(place[edge_index[:, into]], halo, into)
+    states, messages = [], []
+
+    def answer(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
+        states.append(source if state is None else state)
+        messages.append(send() if state is None else send(state, None, whole))
+        return messages[-1]
+
+    def known(states: list[Tensor], hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
+        states.append(source[:b] if state is None else state)
+        return messages[len(states) - 1].narrow(conv.node_dim, 0, b)
+
+    out = deliver(conv, given, source, None, whole, answer)
+    some, own, others = _part(given, ends[:b]), source[:b], source[halo]
+    why = None
+    try:
+        mine = first_messages(conv, some, own, others, edges)
+        same = _same(flat(conv, messages[0])[:b], flat(conv, mine))
+        for rest in (others, None)[: len(survey.hops)]:  # after several hops, inference brings the halo to no row
+            its = []
+            mine = deliver(conv, some, own, rest, edges, partial(known, its))
+            same &= _same(out[:b], mine)
+            same &= all(_same(state[:b], other) for state, other in zip(states, its, strict=True))
+    except Exception as error:
+        same, why = False, error
+    if not same:
+        raise ValueError(
+            f"{name} gives a node another result in a batch than in the whole graph"
+            f"{f' ({type(why).__name__}: {why})' if why else ''}: it takes more than the node's row and messages, as a "
+            "degree from edge_index, a statistic over nodes, or an aggregation of as many steps as any node has edges "
+            "(aggr='lstm', 'gru'); take another aggregation, or compute that once, of the whole graph, and give it to "
+            "the model as a node-level tensor (a feature beside x), or weigh edges with it"
+        ) from why
+
+
+@torch.no_grad()
+def _additive(conv: GenericConv, given: Given, source: Tensor) -> bool:
     """Whether the messages of two halves of the edges add up to those of all."""
-    survey, edge_index = conv.survey, flow(conv, record.calls[0].edge_index)
-    survey.edges = Recorded(edge_index, record.values())
-    ids = torch.arange(edge_index.size(1), device=edge_index.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        source = torch.randn(given.graph.n_id.numel(), survey.hops[0].dim).to(source_rows(conv, given))
+    edge_index = conv.survey.edges.edge_index
 
     def messages(ids: Tensor) -> Tensor:
         edges = BatchEdges(edge_index[:, ids], ids[:0], ids)
         return flat(conv, first_messages(conv, given, source, None, edges)).float()
 
-    whole = messages(ids)
-    rest = whole - messages(ids[::2]) - messages(ids[1::2]) + messages(ids[:0])
-    return bool(rest.abs().max() <= 1e-4 * whole.abs().max())
+    ids = edge_index[1].argsort(stable=True)
+    whole, none = messages(ids), messages(ids[:0])
+    odd, low = torch.arange(ids.numel(), device=ids.device) % 2 == 1, edge_index[0][ids] < (len(source) + 1) // 2
+    for half in (odd, low):
+        rest = whole - messages(ids[half]) - messages(ids[~half]) + none
+        if not rest.abs().max() <= 1e-4 * whole.abs().max():
+            return False
+    return True
 
 
 def settle_again(conv: GenericConv, given: Given) -> None:
@@ -339,7 +475,7 @@ def _record(conv: GenericConv, given: Given) -> Recorded:
     graph = given.graph.graph
     rows = {k: v.new_zeros(1, *v.shape[1:]).expand(graph.num_nodes, *v.shape[1:])
             for k, v in given.rows(conv.survey.rows).items()}  # fmt: skip
-    record = Record(conv.survey.edge_values)
+    record = Record(conv.survey.edge_values, conv.survey.accompanied)
     with uncached(conv):
         run(conv, record, given, rows, graph.edge_index, slice(None))
     edge_index = record.calls[0].edge_index
