@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -102,7 +101,8 @@ class Survey:
     edges and their values come from one run on the whole graph. edge_values: by call, the names of propagate's (or
     edge_updater's) arguments with a row an edge. additive: whether messages are summed. edges: which edges messages
     follow, and valued: whether these have values. dropout: by call, with which probability training drops such a value.
-    accompanied: whether PyG's code fails without edges (`pyg_code.call_pyg`).
+    accompanied: whether PyG's code fails without edges (`pyg_code.call_pyg`). splits: whether what it makes of a node's
+    messages needs no other nodes, as statistics do.
     """
 
     rows: list[str]
@@ -112,6 +112,7 @@ class Survey:
     additive: bool
     hops: list[Hop]
     accompanied: bool
+    splits: bool = True
     edges: Convolution | Recorded | None = None
     valued: bool = False
     dropout: list[dict[str, float]] = field(default_factory=list)
@@ -375,51 +376,64 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def _check_batch(conv: GenericConv, given: Given, source: Tensor) -> None:
-    """Raise where a batch of the first nodes, its halo known exactly, gets anything but what the whole graph gives."""
-    name, survey, n = type(conv).__name__, conv.survey, len(source)
+    """Raise where a batch of the first nodes, its halo known exactly, gets other messages than in the whole graph.
+
+    Or where what is made of them for a node depends on other edges than those into it. Sets the survey's `splits`.
+    """
+    survey, n = conv.survey, len(source)
     ends, b = torch.arange(n, device=source.device), max(1, n // 2 - 1)
+    batch, some = ends[:b], _part(given, ends[:b])
     sources, targets = edge_index = survey.edges.edge_index
     by_target = targets.argsort(stable=True)
     kept = by_target[((targets >= b) | (sources % 3 == 1))[by_target]]  # fewer edges into the batch than elsewhere
     into = kept[targets[kept] < b]
-    halo = sources[into].unique()
+    within, halo = into[sources[into] < b], sources[into].unique()
     halo = halo[halo >= b]
     place = ends.clone()
     place[halo] = b + ends[: halo.numel()]
-    whole = BatchEdges(edge_index[:, kept], halo[:0], kept)
-    edges = BatchEdges(place[edge_index[:, into]], halo, into)
-    states, messages = [], []
+    messages = []  # of every hop; copied, as convs work in place
 
-    def answer(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
-        states.append(source if state is None else state)
-        messages.append(send() if state is None else send(state, None, whole))
-        return messages[-1]
+    def among(ids: Tensor) -> BatchEdges:
+        return BatchEdges(edge_index[:, ids], ids[:0], ids)
 
-    def known(states: list[Tensor], hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
-        states.append(source[:b] if state is None else state)
-        return messages[len(states) - 1].narrow(conv.node_dim, 0, b)
+    def send_all(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
+        messages.append(send() if state is None else send(state, None, among(kept)))
+        return messages[-1].clone()
 
-    out = deliver(conv, given, source, None, whole, answer)
-    some, own, others = _part(given, ends[:b]), source[:b], source[halo]
-    why = None
+    def between(given: Given, nodes: Tensor, ids: Tensor) -> list[Tensor]:
+        """What these nodes and edges make of the same messages for the batch: the states of later hops, the output."""
+        made = []
+
+        def known(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
+            made.append(source[nodes] if state is None else state.clone())
+            return messages[len(made) - 1].narrow(conv.node_dim, 0, len(nodes)).clone()
+
+        made.append(deliver(conv, given, source[nodes], None, among(ids), known))
+        return [rows[:b] for rows in made]
+
+    def same(mine: list[Tensor], its: list[Tensor]) -> bool:
+        return all(_same(a, b) for a, b in zip(mine, its, strict=True))
+
+    deliver(conv, given, source[ends], None, among(kept), send_all)
+    error = None
     try:
-        mine = first_messages(conv, some, own, others, edges)
-        same = _same(flat(conv, messages[0])[:b], flat(conv, mine))
-        for rest in (others, None)[: len(survey.hops)]:  # after several hops, inference brings the halo to no row
-            its = []
-            mine = deliver(conv, some, own, rest, edges, partial(known, its))
-            same &= _same(out[:b], mine)
-            same &= all(_same(state[:b], other) for state, other in zip(states, its, strict=True))
-    except Exception as error:
-        same, why = False, error
-    if not same:
+        edges = BatchEdges(place[edge_index[:, into]], halo, into)
+        own = first_messages(conv, some, source[batch], source[halo], edges)
+        whole, inside = between(given, ends, kept), between(given, ends, within)
+        holds = _same(flat(conv, messages[0])[:b], flat(conv, own)) and same(whole, between(given, ends, into))
+        if len(survey.hops) > 1:  # of which inference knows only the edges within a batch
+            holds &= same(whole, inside)
+        survey.splits = same(inside, between(some, batch, within))
+    except Exception as raised:
+        holds, error = False, raised
+    if not holds:
         raise ValueError(
-            f"{name} gives a node another result in a batch than in the whole graph"
-            f"{f' ({type(why).__name__}: {why})' if why else ''}: it takes more than the node's row and messages, as a "
-            "degree from edge_index, a statistic over nodes, or an aggregation of as many steps as any node has edges "
-            "(aggr='lstm', 'gru'); take another aggregation, or compute that once, of the whole graph, and give it to "
-            "the model as a node-level tensor (a feature beside x), or weigh edges with it"
-        ) from why
+            f"{type(conv).__name__} gives a node another result in a batch than in the whole graph"
+            f"{f' ({type(error).__name__}: {error})' if error else ''}: it takes more than the node's row and messages,"
+            " as a degree from edge_index, a statistic over nodes or edges, or an aggregation of as many steps as any "
+            "node has edges (aggr='lstm', 'gru'); take another aggregation, or compute that once, of the whole graph, "
+            "and give it to the model as a node-level tensor (a feature beside x), or weigh edges with it"
+        ) from error
 
 
 @torch.no_grad()
@@ -429,7 +443,7 @@ def _additive(conv: GenericConv, given: Given, source: Tensor) -> bool:
 
     def messages(ids: Tensor) -> Tensor:
         edges = BatchEdges(edge_index[:, ids], ids[:0], ids)
-        return flat(conv, first_messages(conv, given, source, None, edges)).float()
+        return flat(conv, first_messages(conv, given, source.clone(), None, edges)).float()
 
     ids = edge_index[1].argsort(stable=True)
     whole, none = messages(ids), messages(ids[:0])
