@@ -467,8 +467,10 @@ def out_degree(x, edge_index):
     return degree(edge_index[0], x.size(0), x.dtype)[:, None]
 
 
-BY_EDGES = r"Own gives propagate an x that depends for a node on which edges there are.*node-level tensor.*weigh"
-BY_ROWS = r"Own gives propagate an x that depends for a node on other nodes' rows.*outside the conv"
+BY_EDGES = (
+    r"Own makes the x of a node that it gives propagate depend on which edges there are.*node-level tensor.*weigh"
+)
+BY_ROWS = r"Own makes the x of a node that it gives propagate depend on other nodes' rows.*outside the conv"
 BY_BOTH = r"gives a node another result in a batch .*degree.*statistic.*aggr='lstm'"
 
 

@@ -88,7 +88,7 @@ def drop_like(conv: GenericConv, given: Given, rows: Tensor) -> Tensor:
 
 
 def arguments_of(conv: GenericConv, given: Given, source: Tensor) -> dict[str, Tensor]:
-    """The arguments with a row a node, for rows of `_source`; what neighbours are not told is zero for others."""
+    """The arguments with a row a node, for rows of `source_rows`; what neighbours are not told is zero for others."""
     rows = given.rows(conv.survey.rows)
     told = [rows[name] for name in conv.survey.told]
     parts = source.split([value[:1].numel() for value in told], 1) if len(told) > 1 else [source]
