@@ -340,14 +340,14 @@ def _check_told(conv: GenericConv, given: Given, source: Tensor, edge_index: Ten
         ) from error
     if key := _difference(conv, heard(ends, uneven), alone, ends):
         raise ValueError(
-            f"{name} makes the {key} of a node that it gives propagate depend on which edges there are (its degree?), and "
-            f"{advice.format('what is made of them')}"
+            f"{name} makes the {key} of a node that it gives propagate depend on which edges there are (its degree?), "
+            f"and {advice.format('what is made of them')}"
         )
     for nodes in (ends.flip(0)[::2], ends.flip(0)[1::2]):
         if nodes.numel() and (key := _difference(conv, alone, heard(nodes, uneven[:0]), nodes)):
             raise ValueError(
-                f"{name} makes the {key} of a node that it gives propagate depend on other nodes' rows (their mean?), of "
-                "which a batch has not all; do that outside the conv, or once to the features"
+                f"{name} makes the {key} of a node that it gives propagate depend on other nodes' rows (their mean?), "
+                "of which a batch has not all; do that outside the conv, or once to the features"
             )
 
 
