@@ -459,6 +459,29 @@ class Tutorial(MessagePassing):
         return norm[:, None] * x_j
 
 
+class Numbered(MessagePassing):
+    """Reads nodes' numbers, which a batch's are not: in its messages, or for values of edges."""
+
+    def __init__(self, by_value):
+        super().__init__()
+        self.lin, self.by_value = nn.Linear(6, 3), by_value
+
+    def forward(self, x, edge_index):
+        value = (edge_index[0] < edge_index[1]).float() if self.by_value else None
+        return self.propagate(edge_index, x=self.lin(x), value=value)
+
+    def message(self, x_j, edge_index_i, edge_index_j, value):
+        return x_j * ((edge_index_j < edge_index_i).float() if value is None else value)[:, None]
+
+
+class Detached(LearnedWeight):
+    """No gradient tells that its weights come from rows."""
+
+    def forward(self, x, edge_index):
+        weight = (x[edge_index[0]] * x[edge_index[1]]).sum(1).detach()
+        return self.propagate(edge_index, x=self.lin(x), weight=weight)
+
+
 def in_degree(x, edge_index):
     return degree(edge_index[1], x.size(0), x.dtype)[:, None]
 
@@ -487,12 +510,14 @@ BY_BOTH = r"gives a node another result in a batch .*degree.*statistic.*aggr='ls
         (lambda: Own(lambda x, e: x - x[:1]), BY_ROWS),
         (lambda: Own(after=lambda out, e: out * out_degree(out, e)), "Own " + BY_BOTH),
         (lambda: Own(update=lambda inputs: inputs / inputs.norm()), "Own " + BY_BOTH),
+        (lambda: Numbered(by_value=False), "Numbered " + BY_BOTH),
+        (Detached, "Detached computes weight of every edge from weights or node rows"),
         (lambda: pyg.SAGEConv(6, 3, aggr="lstm"), "SAGEConv " + BY_BOTH),
         (lambda: pyg.SAGEConv(6, 3, aggr=pyg.GRUAggregation(6, 6)), "SAGEConv " + BY_BOTH),
     ],
     ids=[
         "in-degree", "out-degree", "degree-feature", "an-edge", "has-edges", "mean", "max", "first",
-        "out-degree-after", "norm-in-update", "lstm", "gru",
+        "out-degree-after", "norm-in-update", "numbers", "detached", "lstm", "gru",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("features", ["given", "zero"])
@@ -506,6 +531,7 @@ def test_a_conv_whose_rows_depend_on_the_rest_of_the_graph_is_refused(build, mes
 
 OWN = {
     "tutorial": Tutorial,
+    "numbers into values": lambda: Numbered(by_value=True),  # which come from the whole graph
     "in-degree after": lambda: Own(
         after=lambda out, e: out / in_degree(out, e).clamp(min=1)
     ),  # a batch has these edges

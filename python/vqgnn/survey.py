@@ -197,10 +197,12 @@ def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
         hops = _hops(conv, record, rows, told, n)
         edge_values = [call.edge_values for call in record.calls]
         records = any(call.edge_index is not edge_index for call in record.calls)
-        if not records and any(edge_values):  # do the other edges decide an edge's value, or will later hops need it?
-            half = Record(edge_values, record.accompanied)
+        if not records and any(edge_values):  # do the other edges or its nodes' numbers decide an edge's value?
+            half, renumbered = (Record(edge_values, record.accompanied) for _ in range(2))
             run(conv, half, given, rows, edge_index[:, ::2], slice(None, None, 2))
-            records = len(hops) > 1 or not record.agrees(half, slice(None, None, 2))
+            run(conv, renumbered, given, rows, n - 1 - edge_index, slice(None))
+            records = not (record.agrees(half, slice(None, None, 2)) and record.agrees(renumbered))
+            records |= len(hops) > 1  # which need it later
         _check_values(conv, record, rows, records)
         if not has_rows(out, n):
             raise ValueError(f"{name} returned {type(out).__name__}; with a batch graph it must return a row a node")
@@ -212,6 +214,10 @@ def examine(conv: GenericConv, given: Given) -> tuple[Tensor, bool]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             source = torch.randn(n, hops[0].dim).to(source_rows(conv, given))
+        other = Record(edge_values, record.accompanied)
+        run(conv, other, given, arguments_of(conv, given, source), edge_index, slice(None))
+        if not record.agrees(other):  # no gradient has told it
+            raise _of_rows(conv, ", ".join(key for values in edge_values for key in values))
         _check_told(conv, given, source, edge_index)
         if all(torch.equal(call.edge_index, record.calls[0].edge_index) for call in record.calls):  # else see `_record`
             _check_batch(conv, given, source)
@@ -268,10 +274,14 @@ def _check_values(conv: GenericConv, record: Record, rows: dict[str, Tensor], re
                 continue
             from_rows = torch.autograd.grad(value.sum(), list(rows.values()), retain_graph=True, allow_unused=True)
             if records or any(g is not None for g in from_rows):
-                raise ValueError(
-                    f"{type(conv).__name__} computes {key} of every edge from weights or node rows before it calls "
-                    "propagate; compute it in message() or edge_update()"
-                )
+                raise _of_rows(conv, key)
+
+
+def _of_rows(conv: GenericConv, key: str) -> ValueError:
+    return ValueError(
+        f"{type(conv).__name__} computes {key} of every edge from weights or node rows before it calls propagate; "
+        "compute it in message() or edge_update()"
+    )
 
 
 class _KeepAll(TorchFunctionMode):
@@ -382,57 +392,63 @@ def _check_batch(conv: GenericConv, given: Given, source: Tensor) -> None:
     """
     survey, n = conv.survey, len(source)
     ends, b = torch.arange(n, device=source.device), max(1, n // 2 - 1)
-    batch, some = ends[:b], _part(given, ends[:b])
-    sources, targets = edge_index = survey.edges.edge_index
-    by_target = targets.argsort(stable=True)
-    kept = by_target[((targets >= b) | (sources % 3 == 1))[by_target]]  # fewer edges into the batch than elsewhere
-    into = kept[targets[kept] < b]
+    back = ends.flip(0)  # the batch numbers its nodes the other way round: the last are its first
+    batch, some = back[:b], _part(given, back[:b])
+    edge_index = survey.edges.edge_index
+    sources, targets = its_index = n - 1 - edge_index
+    keeps = (targets >= b) | (sources % 3 == 1)  # fewer edges into the batch than elsewhere
+    kept, into = (order[keeps[order]] for order in (i.argsort(stable=True) for i in (edge_index[1], targets)))
+    into = into[targets[into] < b]
     within, halo = into[sources[into] < b], sources[into].unique()
     halo = halo[halo >= b]
     place = ends.clone()
     place[halo] = b + ends[: halo.numel()]
     messages = []  # of every hop; copied, as convs work in place
 
-    def among(ids: Tensor) -> BatchEdges:
+    def all_nodes(ids: Tensor) -> BatchEdges:
         return BatchEdges(edge_index[:, ids], ids[:0], ids)
 
     def send_all(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
-        messages.append(send() if state is None else send(state, None, among(kept)))
+        messages.append(send() if state is None else send(state, None, all_nodes(kept)))
         return messages[-1].clone()
 
-    def between(given: Given, nodes: Tensor, ids: Tensor) -> list[Tensor]:
+    def made(given: Given, nodes: Tensor, edges: BatchEdges) -> list[Tensor]:
         """What these nodes and edges make of the same messages for the batch: the states of later hops, the output."""
-        made = []
+        found = []
 
         def known(hop: Hop, state: Tensor | None, send: Callable) -> Tensor:
-            made.append(source[nodes] if state is None else state.clone())
-            return messages[len(made) - 1].narrow(conv.node_dim, 0, len(nodes)).clone()
+            found.append(source[nodes] if state is None else state.clone())
+            return messages[len(found) - 1].index_select(conv.node_dim, nodes)
 
-        made.append(deliver(conv, given, source[nodes], None, among(ids), known))
-        return [rows[:b] for rows in made]
+        found.append(deliver(conv, given, source[nodes], None, edges, known))
+        return [rows if len(rows) == b else rows[batch] for rows in found]
 
     def same(mine: list[Tensor], its: list[Tensor]) -> bool:
         return all(_same(a, b) for a, b in zip(mine, its, strict=True))
 
-    deliver(conv, given, source[ends], None, among(kept), send_all)
+    deliver(conv, given, source[ends], None, all_nodes(kept), send_all)
     error = None
     try:
-        edges = BatchEdges(place[edge_index[:, into]], halo, into)
-        own = first_messages(conv, some, source[batch], source[halo], edges)
-        whole, inside = between(given, ends, kept), between(given, ends, within)
-        holds = _same(flat(conv, messages[0])[:b], flat(conv, own)) and same(whole, between(given, ends, into))
+        edges = BatchEdges(place[its_index[:, into]], back[halo], into)
+        own = first_messages(conv, some, source[batch], source[back[halo]], edges)
+        whole, inside = made(given, ends, all_nodes(kept)), made(given, ends, all_nodes(within))
+        holds = _same(flat(conv, messages[0])[batch], flat(conv, own)) and same(
+            whole, made(given, ends, all_nodes(into))
+        )
         if len(survey.hops) > 1:  # of which inference knows only the edges within a batch
             holds &= same(whole, inside)
-        survey.splits = same(inside, between(some, batch, within))
+        alone = made(some, batch, BatchEdges(its_index[:, within], within[:0], within))
+        survey.splits = same(inside, alone)
     except Exception as raised:
         holds, error = False, raised
     if not holds:
         raise ValueError(
             f"{type(conv).__name__} gives a node another result in a batch than in the whole graph"
             f"{f' ({type(error).__name__}: {error})' if error else ''}: it takes more than the node's row and messages,"
-            " as a degree from edge_index, a statistic over nodes or edges, or an aggregation of as many steps as any "
-            "node has edges (aggr='lstm', 'gru'); take another aggregation, or compute that once, of the whole graph, "
-            "and give it to the model as a node-level tensor (a feature beside x), or weigh edges with it"
+            " as a degree or nodes' numbers from edge_index, a statistic over nodes or edges, or an aggregation of as "
+            "many steps as any node has edges (aggr='lstm', 'gru'); take another aggregation, or compute that once, of "
+            "the whole graph, and give it to the model as a node-level tensor (a feature beside x), or weigh edges with "
+            "it"
         ) from error
 
 
