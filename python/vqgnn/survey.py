@@ -447,8 +447,7 @@ def _check_batch(conv: GenericConv, given: Given, source: Tensor) -> None:
             f"{f' ({type(error).__name__}: {error})' if error else ''}: it takes more than the node's row and messages,"
             " as a degree or nodes' numbers from edge_index, a statistic over nodes or edges, or an aggregation of as "
             "many steps as any node has edges (aggr='lstm', 'gru'); take another aggregation, or compute that once, of "
-            "the whole graph, and give it to the model as a node-level tensor (a feature beside x), or weigh edges with "
-            "it"
+            "the whole graph, and give it to the model as a node-level tensor (a feature beside x) or as edge weights"
         ) from error
 
 
