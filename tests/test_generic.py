@@ -11,10 +11,10 @@ from graphs import awkward_graph
 from torch import nn
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import add_self_loops, coalesce, dropout_edge
+from torch_geometric.utils import add_self_loops, coalesce, degree, dropout_edge
 
 import vqgnn
-from vqgnn.graph import Graph
+from vqgnn.graph import BatchGraph, Graph
 from vqgnn.inference import layerwise
 
 # Slow checks are of one conv of each kind here: an attention, several hops, a sum. `-m slow` has every cell.
@@ -426,3 +426,169 @@ def test_what_pygs_code_cannot_do_on_a_batch_is_named(build, message, data):
     with pytest.raises(ValueError, match=message):
         vqgnn.convert(conv, data)
     assert type(conv) is cls and set(conv.__dict__) == state
+
+
+class Own(MessagePassing):
+    """A user's own conv: what it tells neighbours and makes of messages is `before` and `after` (rows, edge_index)."""
+
+    def __init__(self, before=lambda x, edge_index: x, after=lambda out, edge_index: out, update=None):
+        super().__init__()
+        self.lin, self.before, self.after, self.and_then = nn.Linear(6, 3), before, after, update
+
+    def forward(self, x, edge_index):
+        return self.after(self.propagate(edge_index, x=self.lin(self.before(x, edge_index))), edge_index)
+
+    def update(self, inputs):
+        return inputs if self.and_then is None else self.and_then(inputs)
+
+
+class Tutorial(MessagePassing):
+    """GCN of PyG's tutorial: degrees become values of edges, which come from the whole graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x, edge_index):
+        edge_index, _ = add_self_loops(edge_index, num_nodes=x.size(0))
+        row, col = edge_index
+        scale = degree(col, x.size(0), x.dtype).rsqrt()
+        return self.propagate(edge_index, x=self.lin(x), norm=scale[row] * scale[col])
+
+    def message(self, x_j, norm):
+        return norm[:, None] * x_j
+
+
+class Numbered(MessagePassing):
+    """Reads nodes' numbers, which a batch's are not: in its messages, or for values of edges."""
+
+    def __init__(self, by_value):
+        super().__init__()
+        self.lin, self.by_value = nn.Linear(6, 3), by_value
+
+    def forward(self, x, edge_index):
+        value = (edge_index[0] < edge_index[1]).float() if self.by_value else None
+        return self.propagate(edge_index, x=self.lin(x), value=value)
+
+    def message(self, x_j, edge_index_i, edge_index_j, value):
+        return x_j * ((edge_index_j < edge_index_i).float() if value is None else value)[:, None]
+
+
+class Detached(LearnedWeight):
+    """No gradient tells that its weights come from rows."""
+
+    def forward(self, x, edge_index):
+        weight = (x[edge_index[0]] * x[edge_index[1]]).sum(1).detach()
+        return self.propagate(edge_index, x=self.lin(x), weight=weight)
+
+
+def in_degree(x, edge_index):
+    return degree(edge_index[1], x.size(0), x.dtype)[:, None]
+
+
+def out_degree(x, edge_index):
+    return degree(edge_index[0], x.size(0), x.dtype)[:, None]
+
+
+BY_EDGES = (
+    r"Own makes the x of a node that it gives propagate depend on which edges there are.*node-level tensor.*weigh"
+)
+BY_ROWS = r"Own makes the x of a node that it gives propagate depend on other nodes' rows.*outside the conv"
+BY_BOTH = r"gives a node another result in a batch .*degree.*statistic.*aggr='lstm'"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Own(lambda x, e: x * in_degree(x, e).clamp(min=1).rsqrt()), BY_EDGES),
+        (lambda: Own(lambda x, e: x * out_degree(x, e)), BY_EDGES),
+        (lambda: Own(lambda x, e: torch.cat([x[:, 1:], in_degree(x, e).log1p()], 1)), BY_EDGES),
+        (lambda: Own(lambda x, e: x - x[e[0, -1]]), r"Own .*without edges.*IndexError"),
+        (lambda: Own(lambda x, e: x + torch.zeros_like(x).index_fill(0, e[0], 1.0)), BY_EDGES),
+        (lambda: Own(lambda x, e: x - x.mean(0)), BY_ROWS),
+        (lambda: Own(lambda x, e: x / x.amax(0)), BY_ROWS),
+        (lambda: Own(lambda x, e: x - x[:1]), BY_ROWS),
+        (lambda: Own(after=lambda out, e: out * out_degree(out, e)), "Own " + BY_BOTH),
+        (lambda: Own(update=lambda inputs: inputs / inputs.norm()), "Own " + BY_BOTH),
+        (lambda: Numbered(by_value=False), "Numbered " + BY_BOTH),
+        (Detached, "Detached computes weight of every edge from weights or node rows"),
+        (lambda: pyg.SAGEConv(6, 3, aggr="lstm"), "SAGEConv " + BY_BOTH),
+        (lambda: pyg.SAGEConv(6, 3, aggr=pyg.GRUAggregation(6, 6)), "SAGEConv " + BY_BOTH),
+    ],
+    ids=[
+        "in-degree", "out-degree", "degree-feature", "an-edge", "has-edges", "mean", "max", "first",
+        "out-degree-after", "norm-in-update", "numbers", "detached", "lstm", "gru",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("features", ["given", "zero"])
+def test_a_conv_whose_rows_depend_on_the_rest_of_the_graph_is_refused(build, message, features, data):
+    """Of the halo a batch has no edges, and of the graph not all rows."""
+    if features == "zero":  # which must not hide it
+        data.x = torch.zeros_like(data.x)
+    with pytest.raises(ValueError, match=message):
+        vqgnn.convert(build(), data, method="gas")
+
+
+OWN = {
+    "tutorial": Tutorial,
+    "numbers into values": lambda: Numbered(by_value=True),  # which come from the whole graph
+    "in-degree after": lambda: Own(
+        after=lambda out, e: out / in_degree(out, e).clamp(min=1)
+    ),  # a batch has these edges
+    "row by row": lambda: Own(lambda x, e: x / x.norm(dim=1, keepdim=True), lambda out, e: out.softmax(1)),
+    "MFConv": lambda: pyg.MFConv(6, 3, max_degree=4),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_conv_that_normalises_what_a_batch_knows_is_not_refused(name, data):
+    conv = OWN[name]()
+    expected = conv(data.x, data.edge_index).detach()
+    assert_outputs(vqgnn.convert(conv, data, method="gas"), data, expected)
+
+
+def test_statistics_of_messages_over_nodes_need_all_of_them_at_once(data, monkeypatch):
+    """As behind a conv; in its sum of messages they do not show where nothing is sent."""
+    conv = Own(after=lambda out, edge_index: out - out.mean(0))
+    expected = conv(data.x, data.edge_index).detach()
+    vqgnn.convert(conv, data, method="gas")
+    monkeypatch.setattr(vqgnn.inference, "_BATCH", 13)
+    torch.testing.assert_close(layerwise(conv, data), expected)
+    with pytest.raises(ValueError, match="batch_size=13 splits the 40 nodes"):
+        layerwise(conv, data, 13)
+
+
+# ---- no edges --------------------------------------------------------------------------------------------------------
+
+# PyG's own code of these fails on a graph without edges, and of a median also where the first node has none.
+NEEDS_EDGES = {
+    "median": lambda i, o: pyg.SAGEConv(i, o, aggr="median"),
+    "GCN, median": lambda i, o: pyg.GCNConv(i, o, aggr="median"),
+    "mean and median": lambda i, o: pyg.SAGEConv(i, o, aggr=["mean", "median"]),
+    "quantile": lambda i, o: pyg.SAGEConv(i, o, aggr=pyg.QuantileAggregation(0.3)),
+    "sort": lambda i, o: pyg.SAGEConv(i, o, aggr=pyg.SortAggregation(k=1)),
+    "FeaSt": lambda i, o: pyg.FeaStConv(i, o, heads=2),
+    "FeaSt, no loops": lambda i, o: pyg.FeaStConv(i, o, heads=2, add_self_loops=False),
+}
+
+
+@pytest.mark.parametrize("check", ["plain = PyG", "gas", "lmc", "layer-wise inference"])
+@pytest.mark.parametrize("name", NEEDS_EDGES)
+def test_a_conv_that_fails_without_edges_is_pygs(name, check, data):
+    torch.manual_seed(0)
+    conv_table.CHECKS[check](conv_table.Model(NEEDS_EDGES[name]), data.sort(sort_by_row=False))  # PyG's sort asks so
+
+
+@pytest.mark.parametrize("name", NEEDS_EDGES)
+@pytest.mark.parametrize("n_id", [[38], [39, 38], [38, 5, 39, 0]], ids=str)
+def test_a_conv_that_fails_without_edges_has_batches_without(name, n_id, data):
+    """Nodes 38 and 39 are isolated: alone, and first in a batch."""
+    conv, data = NEEDS_EDGES[name](6, 3), data.sort(sort_by_row=False)
+    expected = conv(data.x, data.edge_index).detach()
+    vqgnn.convert(conv, data, method="gas")
+    n_id = torch.tensor(n_id)
+    x = data.x[n_id].requires_grad_()
+    out = conv(x, BatchGraph(Graph.of(data), n_id, x))
+    torch.testing.assert_close(out, expected[n_id], atol=1e-5, rtol=1e-5)
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all() and all(torch.isfinite(p.grad).all() for p in conv.parameters())

@@ -17,6 +17,7 @@ from vqgnn_kernels import Rows
 from . import hetero_inference, tables
 from .calling import alike, call_model, device_of, evaluating
 from .dependence import Dependence
+from .generic import GenericConv
 from .graph import BatchEdges, BatchGraph, Convolution, Graph, MovedBatch, node_tensors
 from .loader import Batch, BatchLoader
 from .store_conv import StoreConv
@@ -205,6 +206,7 @@ class _Sweep:
         # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
         batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
         num_convs, self.chain, splits = self._structure(model)
+        splits &= all(conv.survey.splits for conv in model.modules() if isinstance(conv, GenericConv))
         self.chain &= not self.quantise
         if batch_size < n and not splits:
             if self.batch_size is not None:

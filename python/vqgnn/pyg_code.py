@@ -87,8 +87,8 @@ def drop_like(conv: GenericConv, given: Given, rows: Tensor) -> Tensor:
     return torch.cat([F.dropout(part, share) for part, share in zip(parts, shares, strict=True)], 1)
 
 
-def _arguments(conv: GenericConv, given: Given, source: Tensor) -> dict[str, Tensor]:
-    """The arguments with a row a node, for rows of `_source`; what neighbours are not told is zero for others."""
+def arguments_of(conv: GenericConv, given: Given, source: Tensor) -> dict[str, Tensor]:
+    """The arguments with a row a node, for rows of `source_rows`; what neighbours are not told is zero for others."""
     rows = given.rows(conv.survey.rows)
     told = [rows[name] for name in conv.survey.told]
     parts = source.split([value[:1].numel() for value in told], 1) if len(told) > 1 else [source]
@@ -124,7 +124,6 @@ def run(
 def send(conv: GenericConv, propagates: bool, edges: BatchEdges, arguments: dict, told: dict | None) -> Tensor:
     """PyG's `propagate` (else `edge_updater`) over `edges`; `told` are the node arguments of the nodes behind."""
     size = None
-    call = conv.pyg_class.propagate if propagates else conv.pyg_class.edge_updater
     own = 0
     if told is not None:
         names = node_arguments(conv, propagates)
@@ -137,8 +136,50 @@ def send(conv: GenericConv, propagates: bool, edges: BatchEdges, arguments: dict
         if not square:
             size = (own + others, own)
         arguments = {**arguments, **joined}
-    out = call(conv, flow(conv, edges.edge_index), size=size, **arguments)
+    accompanied = propagates and conv.survey.accompanied
+    out = call_pyg(conv, propagates, flow(conv, edges.edge_index), size, arguments, accompanied)
     return out.narrow(conv.node_dim, 0, own) if propagates and told is not None and size is None else out
+
+
+def call_pyg(
+    conv: GenericConv,
+    propagates: bool,
+    edge_index: Tensor,
+    size: tuple[int, int] | None,
+    arguments: dict,
+    accompanied: bool = False,
+) -> Tensor:
+    """PyG's `propagate` (else `edge_updater`); accompanied: with `_company` before the nodes."""
+    if not propagates:
+        return conv.pyg_class.edge_updater(conv, edge_index, size=size, **arguments)
+    if not accompanied:
+        return conv.pyg_class.propagate(conv, edge_index, size=size, **arguments)
+    size = None if size is None else (size[0] + 1, size[1] + 1)
+    arguments = _company(conv, edge_index.size(1), arguments)
+    loops = edge_index.new_zeros(2, 2)
+    out = conv.pyg_class.propagate(conv, torch.cat([loops, edge_index + 1], 1), size=size, **arguments)
+    return out.narrow(conv.node_dim, 1, out.size(conv.node_dim) - 1)
+
+
+def _company(conv: GenericConv, edges: int, arguments: dict) -> dict:
+    """The arguments for a copy of the first node before all nodes, and for two edges from it to itself.
+
+    Some messages (FeaSt) and aggregations (median, sort) fail where there is no edge, and PyG's quantiles also where
+    the first node has none or the last has the only one.
+    """
+    names, updates = node_arguments(conv, True), conv.inspector.get_param_names("update")
+
+    def row(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.cat([value.narrow(conv.node_dim, 0, 1).detach(), value], conv.node_dim)
+
+    def padded(name: str, value: Any) -> Any:
+        if name in names:
+            return tuple(map(row, value)) if isinstance(value, tuple | list) else row(value)
+        if has_rows(value, edges) and name not in updates:
+            return torch.cat([value.new_zeros(2, *value.shape[1:]), value])
+        return row(value) if isinstance(value, Tensor) and name in updates else value
+
+    return {name: padded(name, value) for name, value in arguments.items()}
 
 
 def _join(conv: GenericConv, own, told, square: bool):
@@ -202,10 +243,10 @@ def deliver(
     if others is None:
         edges = edges.among(own.size(0))
     elif others.size(0):
-        told = _run_over(conv, Listen(), given, _arguments(conv, given, others.to(own.dtype)), None)
+        told = _run_over(conv, Listen(), given, arguments_of(conv, given, others.to(own.dtype)), None)
     survey = conv.survey
     visitor = Deliver(edges, survey.edges if survey.records else None, told, answer)
-    return _run_over(conv, visitor, given, _arguments(conv, given, own), edges)
+    return _run_over(conv, visitor, given, arguments_of(conv, given, own), edges)
 
 
 def first_messages(conv: GenericConv, given: Given, own: Tensor, others: Tensor | None, edges: BatchEdges) -> Tensor:
