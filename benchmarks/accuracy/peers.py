@@ -26,7 +26,7 @@ from vqgnn.config import Config
 from vqgnn.datasets import Dataset
 from vqgnn.partitioning import partition
 from vqgnn.tasks import NodeTask
-from vqgnn.train import build_model, learning_rate_factor, model_options, moving_average, with_residuals
+from vqgnn.train import MovingAverage, build_model, learning_rate_factor, model_options, with_residuals
 
 FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
 PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
@@ -55,7 +55,7 @@ class Peer:
         self.task = NodeTask(config, dataset)
         torch.manual_seed(config.seed)
         self.model = self.build()
-        self.averaged = moving_average(self.model, config.average)
+        self.averaged = MovingAverage(self.model, config.average)
         self.graph = self.whole()
 
     def build(self) -> nn.Module:
