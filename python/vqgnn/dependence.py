@@ -112,7 +112,5 @@ def _told_to_host(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> objec
 
 
 def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse tensors have none of their own
-        return id(tensor)
+    # a sparse tensor, or one inside vmap, has none of its own
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else id(tensor)

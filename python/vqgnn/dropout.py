@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .graph import version
+
 _open = threading.local()  # .modes: of the models whose forward runs in this thread
 
 
@@ -48,8 +50,8 @@ def draw_seed(share: float, device: torch.device) -> Tensor | int:
 
 
 def _version(x: Tensor) -> int | None:
-    """How often x was changed in place."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """`version`, which a compiled step cannot see."""
+    return None if torch.compiler.is_compiling() else version(x)
 
 
 def _mark(out: Tensor, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:

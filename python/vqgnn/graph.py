@@ -38,9 +38,9 @@ class Made:
 
     def of(self, tensors: Mapping[Any, Tensor]) -> bool:
         """Whether these are they, neither replaced nor changed in place since."""
-        now = {key: (tensor, version(tensor)) for key, tensor in tensors.items()}
-        return now.keys() == self.tensors.keys() and all(
-            tensor is now[key][0] and count == now[key][1] for key, (tensor, count) in self.tensors.items()
+        then, now = self.tensors, Made(tensors).tensors
+        return then.keys() == now.keys() and all(
+            then[key][0] is now[key][0] and then[key][1] == now[key][1] for key in then
         )
 
 

@@ -218,8 +218,8 @@ class _Sweep:
                 )
             batch_size = n
         ranges = [(s, min(s + batch_size, n)) for s in range(0, n, batch_size)]
-        result = None
-        while result is None:
+        result, done = None, False
+        while not done:
             self.outputs.append(None)
             self.recorded = None
             self.last = len(self.outputs) == num_convs
@@ -236,8 +236,8 @@ class _Sweep:
                     out = self.forward(model, batch)
                 except _NextConv:
                     continue
-                if self.on_inputs is not None:  # nobody asks for it
-                    result = self.graph.x
+                done = True
+                if self.on_inputs is not None:  # nobody asks for the result
                     continue
                 out = _node_rows(out, batch)
                 if result is None:
