@@ -658,6 +658,22 @@ class OutDegrees(pyg.MessagePassing):
         return x_j
 
 
+class Centred(pyg.MessagePassing):
+    """Takes a mean over all sources (k = 0) or targets (k = 1) from what it sends."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+        self.lin = nn.Linear(6, 5)
+
+    def forward(self, x, edge_index):
+        source, target = (rows - rows.mean(0) if k == self.k else rows for k, rows in enumerate(x))
+        return self.propagate(edge_index, x=(source, self.lin(target)))
+
+    def message(self, x_j, x_i):
+        return x_j * x_i.tanh()
+
+
 def single(conv, edge_type):
     return HeteroConv({edge_type: conv})
 
@@ -676,6 +692,8 @@ def test_models_that_cannot_be_converted_are_named():
     refused(Twice(), "SAGEConv is called twice in one forward")
     refused(Touches(), r"uses \[\.\.\.\] of its edge_index.*into a transform")
     refused(single(OutDegrees(), WRITES), "OutDegrees of .*'writes'.* depend on edges into other nodes")
+    for k in (0, 1):
+        refused(single(Centred(k), WRITES), "Centred of .*'writes'.* rows of others than its sources")
     refused(single(pyg.ChebConv(6, 3, 2), CITES), "ChebConv of .*'cites'.* cannot run on mini-batches: called as conv")
     data = hetero_graph()
     data["author"].x = torch.randn(25, 6)

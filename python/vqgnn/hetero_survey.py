@@ -189,10 +189,10 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
     if told is None:
         raise ValueError(f"{name} tells targets nothing of its sources' x; it can run without a batch graph")
 
-    def messages(kept: Tensor | slice) -> Tensor:
-        some = {key: value[kept] for key, value in values.items()}
+    def messages(kept: Tensor | slice, some: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+        its = {key: value[kept] for key, value in values.items()}
         visit = messages_only(conv, len(sent))
-        return run_code(conv, source, target, edge_index[:, kept], some, visit).detach().float()
+        return run_code(conv, source[some[0]], target[some[1]], edge_index[:, kept], its, visit).detach().float()
 
     whole = messages(slice(None))
     first = max(1, t // 2)
@@ -200,6 +200,13 @@ def _examine(conv: RelationConv, source: Tensor, target: Tensor, relation: Relat
         raise ValueError(
             f"{name} makes what a node is sent depend on edges into other nodes, of which a batch has not all; "
             "normalise once, into data's edge_weight, before vqgnn.convert"
+        )
+    some = max(1, s // 2), first
+    among = (edge_index < torch.tensor(some, device=device)[:, None]).all(0)
+    if not alike(messages(among)[:first], messages(among, (slice(some[0]), slice(first)))):
+        raise ValueError(
+            f"{name} makes what a node is sent depend on rows of others than its sources (their mean?), of which a "
+            "batch has not all; do that outside the conv, or once to the features"
         )
     additive, none = True, messages(slice(0, 0))
     for half in (torch.arange(edge_index.size(1), device=device) < pairs.size(1), edge_index[0] < (s + 1) // 2):
