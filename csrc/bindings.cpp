@@ -24,7 +24,8 @@ namespace vqgnn {
 static Isa detect_isa() {
   Isa best = Isa::base;
 #if defined(VQGNN_HAS_avx2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi2")) {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -33,8 +34,11 @@ static Isa detect_isa() {
   }
 #endif
   const char* wanted = std::getenv("VQGNN_ISA");
-  if (wanted == nullptr) return best;
-  const std::string name(wanted);
+  const std::string name(wanted == nullptr ? "" : wanted);
+  if (name.empty()) return best;
+  if (name != "base" && name != "avx2" && name != "avx512") {
+    throw std::invalid_argument("VQGNN_ISA='" + name + "' is unknown; set it to base, avx2 or avx512, or unset it");
+  }
   const Isa limit = name == "base" ? Isa::base : name == "avx2" ? Isa::avx2 : Isa::avx512;
   return limit < best ? limit : best;
 }
@@ -196,7 +200,7 @@ bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_
                uint32_t seed, uintptr_t out) {
   const vqgnn::Table table = as_table(table_object, f);
   const vqgnn::Dropout halo_dropout = as_dropout(dropout, seed);
-  require(b >= 0 && f >= 0 && num_rows >= 0 && num_edges >= 0 && num_halo >= 0, "a size is negative");
+  require(b >= 0 && f >= 0 && num_rows >= 0 && num_edges >= 0 && num_halo >= -1, "a size is negative");
   require(rowptr && (x || b * f == 0) && (col || num_edges == 0) && (out || num_rows * f == 0), "an address is null");
   require(table.codec < vqgnn::Codec::pq8 || table.codebook || table.num_rows == 0, "codes need a codebook");
   py::gil_scoped_release release;
@@ -350,7 +354,7 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
   p.lse = floats("lse");
   p.delta = floats("delta");
   p.halo_stats = floats("halo_stats");
-  require(p.heads >= 1 && p.f >= 0 && p.num_rows >= 0 && p.num_edges >= 0 && p.num_halo >= 0 && p.num_own >= 0 &&
+  require(p.heads >= 1 && p.f >= 0 && p.num_rows >= 0 && p.num_edges >= 0 && p.num_halo >= -1 && p.num_own >= 0 &&
               p.edge_dim >= 0,
           "a size is out of range");
   require(!p.edges || (p.score == vqgnn::Score::additive && !p.edge_matrix) ||

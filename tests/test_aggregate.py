@@ -293,6 +293,14 @@ def test_compiles_as_one_graph(backend):
 
 
 @needs_cpp
+def test_an_unknown_instruction_set_is_named():
+    program = "import vqgnn_kernels as k; k.backends()"
+    environment = {**os.environ, "VQGNN_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "ValueError: VQGNN_ISA='AVX2' is unknown; set it to base, avx2 or avx512" in result.stderr
+
+
+@needs_cpp
 def test_baseline_instructions_agree(tmp_path):
     """VQGNN_ISA is read once a process, so the baseline kernels run in another one."""
     cases = []
@@ -326,6 +334,7 @@ BAD = {
     "csr.rowptr has dtype": lambda a: a.update(csr=a["csr"]._replace(rowptr=a["csr"].rowptr.int())),
     "csr.weight has shape": lambda a: a.update(csr=a["csr"]._replace(weight=torch.ones(3))),
     "csr.halo has dtype": lambda a: a.update(csr=a["csr"]._replace(halo=a["csr"].halo.int())),
+    "0 halo entries it must lie in": lambda a: a.update(csr=a["csr"]._replace(halo=a["csr"].halo[:0])),
     "csr.rowptr is empty": lambda a: a.update(csr=a["csr"]._replace(rowptr=a["csr"].rowptr[:0])),
     "rowptr must rise": lambda a: a["csr"].rowptr.__setitem__(3, 61),
     "rowptr must rise from 0 to the number of edges, 60": lambda a: a["csr"].rowptr.__setitem__(20, 61),

@@ -1,5 +1,6 @@
 """Which back-end is chosen, by a patched machine: no GPU is needed, and none is looked for."""
 
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -146,6 +147,26 @@ def test_backends_gives_details(machine):
 def test_implementation_is_the_modules_own(monkeypatch):
     monkeypatch.setenv("VQGNN_BACKEND", "reference")
     assert _backend.implementation("vqgnn_kernels.csr_slice", CPU).__name__ == "vqgnn_kernels.csr_slice.reference"
+
+
+@pytest.mark.skipif(_backend._C is None, reason="needs the extension")
+def test_number_of_threads_stays():
+    """Also in a thread that has not used torch before."""
+    numbers, before = [], torch.get_num_threads()
+
+    def work():
+        _backend.set_num_threads(1)
+        torch.zeros(1 << 17, 4)[torch.arange(1 << 17)]
+        numbers.append(torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert numbers == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_number_of_threads_is_checked():

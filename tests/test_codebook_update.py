@@ -98,6 +98,14 @@ def test_nothing_seen_keeps_the_codewords(eps, device):
     assert torch.equal(codebook, before)
 
 
+def test_nothing_is_revived_without_rows(device):
+    """Whatever the counts."""
+    counts = torch.tensor([[-1.0, 3.0]], device=device)
+    codebook = torch.zeros(1, 2, 2, device=device)
+    codebook_update(codebook, counts.clone(), codebook.clone(), counts, codebook.clone(), 0.9)
+    assert not codebook.any()
+
+
 def test_splitmix64_gives_its_published_stream():
     # first outputs of the generator for seed 1234567
     assert [reference.splitmix64(1234567, i) for i in range(3)] == [

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
+from torch_geometric.nn import GraphConv
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
+from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 import vqgnn
 from vqgnn.models import Cheb, Transformer
@@ -270,7 +272,16 @@ def test_a_backward_pass_within_autocast(build, method, data):
             assert (mine.moments - its.moments).norm() < 0.05 * its.moments.norm()
 
 
-@pytest.mark.parametrize("build", [GCN, GAT])
+class GraphConvs(BasicGNN):
+    """Of a conv whose own code runs."""
+
+    supports_edge_weight, supports_edge_attr, supports_norm_batch = True, False, False
+
+    def init_conv(self, in_channels, out_channels, **kwargs):
+        return GraphConv(in_channels, out_channels)
+
+
+@pytest.mark.parametrize("build", [GCN, GAT, GraphConvs])
 @pytest.mark.parametrize("method", ["vq", "lmc"])
 def test_a_loss_that_overflows_leaves_no_trace(build, method, data):
     """As a scaled one does now and then: its step is skipped, and the state learns nothing of its gradients."""
@@ -286,7 +297,28 @@ def test_a_loss_that_overflows_leaves_no_trace(build, method, data):
     for store in vqgnn.stores(model).values():
         for name, table in store.named_buffers():
             assert table.isfinite().all(), name
-        assert (store.pull_gradients() if store.pending is None else store.pending_next).any()
+        kept = store.pull_gradients() if store.grad else store.pull() if store.pending is None else store.pending_next
+        assert kept.any()
+
+
+@pytest.mark.parametrize("build", [GCN, GAT, GraphConvs])
+@pytest.mark.parametrize("method", ["vq", "gas", "lmc"])
+def test_a_state_that_overflows_is_over_with_its_batch(build, method, data):
+    """One row of one batch, as in half precision: the others do not read it, and codebooks do not learn from it."""
+    model = vqgnn.convert(build(6, 16, 3, 3), data, method=method, codec="pq:d=4,k=8" if method == "vq" else "fp32")
+    batches = list(vqgnn.BatchLoader(data, batch_size=20, shuffle=False))
+    hook = model.convs[0].register_forward_hook(
+        lambda conv, given, out: out.index_fill(0, torch.tensor([0]), torch.inf)
+    )
+    assert not step(model, batches[0].x, batches[0].graph, batches[0].y).isfinite()
+    hook.remove()
+    for batch in [batches[1], batches[0]] * 2:
+        loss = step(model, batch.x, batch.graph, batch.y)
+        assert loss.isfinite()
+        loss.backward()
+    for store in vqgnn.stores(model).values():
+        for name, table in store.named_buffers():
+            assert table.isfinite().all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -741,6 +741,31 @@ def test_a_type_without_rows_is_named():
         vqgnn.convert(layers, data, forward=forward)
 
 
+@pytest.mark.parametrize("method", ["vq", "lmc"])
+def test_a_loss_that_overflows_leaves_no_trace(method):
+    data = hetero_graph()
+    model = to_hetero(Stack(pyg.SAGEConv), data.metadata())
+    with torch.no_grad():
+        model(data.x_dict, data.edge_index_dict)
+    vqgnn.convert(model, data, method=method, codec="pq:d=4,k=4" if method == "vq" else "fp32")
+    for scale in (1.0, torch.inf, 1.0):
+        for batch in vqgnn.BatchLoader(data, batch_size=23):
+            (scale * model(batch.x_dict, batch.graph_dict)["paper"].square().sum()).backward()
+    for name, store in vqgnn.stores(model).items():
+        for table in store.buffers():
+            assert table.isfinite().all(), name
+
+
+@pytest.mark.parametrize("sizes", [(20, 20, 20), (3, 1, 1), (7, 30, 2)])
+def test_no_batch_is_empty(sizes):
+    data = HeteroData({str(k): {"x": torch.zeros(size, 1)} for k, size in enumerate(sizes)})
+    data["0", "to", "1"].edge_index = torch.zeros(2, 1, dtype=torch.int64)
+    for batch_size in range(1, 8):
+        loader = vqgnn.BatchLoader(data, batch_size=batch_size)
+        got = [sum(batch[k].num_nodes for k in batch.node_types) for batch in loader]
+        assert sum(got) == sum(sizes) and max(got) - min(got) <= 1 and min(got) > 0
+
+
 def test_mixing_data_and_hetero_data_is_refused():
     model, data = build("SAGEConv")
     vqgnn.convert(model, data, method="gas")

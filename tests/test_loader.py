@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -120,6 +122,14 @@ def test_tensors_are_the_batch_nodes_rows(load, data, prefetch):
         assert f"n_id=[{batch.num_nodes}]" in repr(batch)
 
 
+def test_labels_and_masks_may_be_replaced(load, data):
+    loader = load(batch_size=9, sampler="edge")
+    data.y, data.val_mask = data.y + 5, torch.rand(40) < 0.5
+    for batch in loader:
+        assert torch.equal(batch.y, data.y[batch.n_id]) and torch.equal(batch.val_mask, data.val_mask[batch.n_id])
+        assert batch.loss_weight.shape == batch.n_id.shape
+
+
 def test_edge_tensors_stay_out_though_there_are_as_many_edges_as_nodes():
     data = awkward_graph(weighted=True)
     data.edge_index, data.edge_weight = data.edge_index[:, :40], data.edge_weight[:40]
@@ -165,6 +175,29 @@ def test_batches_are_built_ahead_but_not_far(load):
     assert 2 <= len(built) <= 4  # the one taken, two in the queue, one in the builder's hands
     batches.close()
     assert not loader_threads()
+
+
+@pytest.mark.parametrize("thread", ["none", "one", "daemon"])
+def test_the_interpreter_may_end_with_a_pass_under_way(thread):
+    program = f"""if True:
+        import threading, torch, vqgnn
+        from torch_geometric.data import Data
+        from vqgnn.graph import Graph
+        data = Data(x=torch.randn(20_000, 16), edge_index=torch.randint(20_000, (2, 400_000)))
+        Graph.of(data).wanted[vqgnn.graph.Convolution("sum"), "csr"] = None
+        def use():
+            global batches
+            batches = iter(vqgnn.BatchLoader(data, batch_size=5_000, prefetch=1))
+            next(batches)
+        if "{thread}" == "none":
+            use()
+        else:
+            user = threading.Thread(target=use, daemon="{thread}" == "daemon")
+            user.start()
+            user.join()
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

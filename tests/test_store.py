@@ -157,6 +157,43 @@ def test_a_copy_is_independent(codec):
     assert int(other.step) == 2
 
 
+@pytest.mark.parametrize("codec", [*ROW_CODECS, "pq:d=2,k=30"])
+def test_rows_that_are_no_numbers_are_kept_as_0(codec):
+    store = NodeStore(N, 4, codec, grad=True)
+    n_id, x, g = torch.arange(N), torch.randn(N, 4), torch.randn(N, 4)
+    bad_x, bad_g = x.clone(), g.clone()
+    bad_x[3, 1], bad_x[4], bad_g[5, 0] = torch.inf, torch.nan, -torch.inf
+    for _ in range(3):
+        store.push(n_id, bad_x, bad_g)
+    assert all(table.isfinite().all() for table in store.buffers())
+    assert not store.pull()[3:5].any() or codec.startswith("pq")
+    for _ in range(3):
+        store.push(n_id, x, g)
+    assert (store.pull() - x).norm() < 0.1 * x.norm()
+
+
+def test_what_is_loaded_stays():
+    """Pushes that are under way when a state is loaded do not write over it."""
+    n = 100_000
+    store = NodeStore(n, 32, "fp32", grad=False, place="host")
+    before = stored(store)
+    for _ in range(3):
+        store.push(torch.arange(n), torch.ones(n, 32))
+        store.load_state_dict(before)
+        store.flush()
+        assert not store.data.any()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_codes_without_whitening_are_exact_wherever_the_rows_are(offset):
+    rows = torch.randn(25, 4) + offset
+    store = NodeStore(200, 4, "pq:d=4,k=256", grad=False, whiten=False)
+    x = rows[torch.arange(200) % 25]
+    for _ in range(5):
+        store.push(torch.arange(200), x)
+    assert (store.pull() - x).abs().max() < 1e-4 + offset * 2**-22
+
+
 def test_dtypes_are_the_codecs_whatever_the_model_becomes():
     for codec in ("fp32", "int8", "pq:d=2,k=4"):
         store = NodeStore(N, 4, codec, grad=True)

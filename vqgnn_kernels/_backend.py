@@ -57,7 +57,7 @@ def transfer_engine(**options: int):
 
 def choose(*tensors: torch.Tensor | None) -> str:
     """Name of the back-end that serves these tensors."""
-    cuda = any(t is not None and t.is_cuda for t in tensors)
+    cuda = any(getattr(t, "is_cuda", False) for t in tensors)
     choice = forced()
     if choice == "cpp" and cuda:
         raise ValueError("VQGNN_BACKEND='cpp' serves CPU tensors, but got a CUDA tensor; unset it or move the tensors")
@@ -126,4 +126,5 @@ def set_num_threads(count: int) -> None:
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
     if _C is not None:
+        torch.get_num_threads()  # a thread's first use of torch sets its number, and would undo this one
         _C.set_num_threads(count)

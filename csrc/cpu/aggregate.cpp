@@ -278,7 +278,7 @@ bool resolve(const Problem& p, int64_t row0, int num_rows, int64_t e0, int64_t e
       }
       if (drop) continue;
       int64_t row = c - p.b;
-      if (p.halo) row = row < p.num_halo ? p.halo[row] : -1;
+      if (p.num_halo >= 0) row = row < p.num_halo ? p.halo[row] : -1;
       if (uint64_t(row) >= uint64_t(p.table.num_rows)) {
         good = false;
         continue;

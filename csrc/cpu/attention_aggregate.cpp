@@ -132,7 +132,7 @@ bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t
     } else {
       if (p.table.codec == Codec::none) continue;
       int64_t row = c - p.num_own;
-      if (p.halo) row = row < p.num_halo ? p.halo[row] : -1;
+      if (p.num_halo >= 0) row = row < p.num_halo ? p.halo[row] : -1;
       if (c >= p.max_columns || uint64_t(row) >= uint64_t(p.table.num_rows)) {
         good = false;
         continue;

@@ -121,7 +121,7 @@ void codebook_update(float* codebook, float* ema_counts, float* ema_sums, const 
         sum[d] = keep * sum[d] + take * sums[k * dv + d];
         if (seen) codeword[d] = sum[d] / smoothed;
       }
-      if (!(ema_counts[k] < smallest)) continue;
+      if (b == 0 || !(ema_counts[k] < smallest)) continue;
       const int64_t row = static_cast<int64_t>(splitmix64(seed, static_cast<uint64_t>(k)) % static_cast<uint64_t>(b));
       for (int64_t d = 0; d < dv; ++d) {
         const int64_t column = j * dv + d;

@@ -33,7 +33,8 @@ class Codebook(nn.Module):
         decay: gamma, of the EMA of cluster sizes and sums.
         whiten_decay: beta, of the EMA of the channels' mean and variance.
         whiten: whether to whiten at all; else distances are those of the channels as they come, whose gradients are
-            smaller than their features by orders of magnitude and then do not count.
+            smaller than their features by orders of magnitude and then do not count. (The first batch's mean is still
+            taken off, which changes no distance: the search is more exact near 0.)
         seed: decides the first codewords and the rows that dead codes are revived from.
     """
 
@@ -168,7 +169,8 @@ class Codebook(nn.Module):
 
     def _smooth(self, mean: Tensor, var: Tensor, has_grad: bool, first_grad: bool) -> None:
         """EMA of mean and variance; a channel's first batch sets them."""
-        beta = torch.full_like(mean, self.whiten_decay if self.initialised else 0.0)
+        kept = self.whiten_decay if self.whiten else 1.0
+        beta = torch.full_like(mean, kept if self.initialised else 0.0)
         if self.grad:
             gradients = beta.view(self.num_branches, self.width)[:, self.branch_dim :]
             if not has_grad:
@@ -176,11 +178,10 @@ class Codebook(nn.Module):
             elif first_grad:
                 gradients.zero_()
                 self.grad_seen = True
-        if not self.whiten:
-            self.var.fill_(1.0)
-            return
         self.mean.mul_(beta).add_((1 - beta) * mean)
         self.var.mul_(beta).add_((1 - beta) * var)
+        if not self.whiten:
+            self.var.fill_(1.0)
 
     def _rstd(self) -> Tensor:
         """1 / standard deviation; 0 for a constant channel, which then decodes to its mean."""

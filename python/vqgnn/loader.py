@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -134,8 +135,7 @@ class BatchLoader:
         if moves and self.graph.device.type == "cuda":
             raise ValueError(f"device={device!r} but the data is on {self.graph.device}; give data.cpu()")
         self._stream = torch.cuda.Stream(self.device) if moves else None
-        self._tensors = tensors_by_type(data) if hetero else node_tensors(data)
-        self._epoch = 0
+        self._epoch, self._sampler = 0, None
         if num_parts is None:
             batch_size = batch_size or math.ceil(n / 10)
             self._num_batches = math.ceil(n / batch_size)
@@ -146,8 +146,6 @@ class BatchLoader:
             make = samplers.make_hetero if hetero else samplers.make
             self._sampler = make(sampler, data, self._num_batches, num_parts, shuffle, cache_dir)
             self._num_batches = self._sampler.num_batches
-            if self._sampler.loss_weight is not None:
-                self._tensors["loss_weight"] = self._sampler.loss_weight.to(self.graph.device)
 
     def __len__(self) -> int:
         return self._num_batches
@@ -162,10 +160,19 @@ class BatchLoader:
                 "data's edges or features were replaced or changed in place after this BatchLoader was made, which has "
                 "what was computed from them; make a new one, and convert the model anew if its edges are others"
             )
+        self._take_tensors()  # labels and masks may be others than in the last pass
         node_ids = self._draw(self._epoch)
         self._epoch += 1
         batches = self._in_background(node_ids) if self.prefetch else map(self._build, node_ids)
         yield from map(partial(self._arrived, torch.tensor(next(_PASSES), device="cpu")), batches)
+
+    def _take_tensors(self) -> None:
+        if isinstance(self.data, HeteroData):
+            self._tensors = tensors_by_type(self.data)
+            return
+        self._tensors = node_tensors(self.data)
+        if self._sampler is not None and self._sampler.loss_weight is not None:
+            self._tensors["loss_weight"] = self._sampler.loss_weight.to(self.graph.device)
 
     def _draw(self, epoch: int) -> list[Tensor]:
         if self._num_batches == 1:
@@ -198,10 +205,18 @@ class BatchLoader:
 
     def _in_background(self, node_ids: list[Tensor]) -> Iterator[Batch]:
         ready: queue.Queue = queue.Queue(self.prefetch)
-        stop = threading.Event()
+        stop, user = threading.Event(), threading.current_thread()
+        # For data on a GPU the model's stream: what is built is then in order with what it computes.
+        on_gpu, device = self.graph.device.type == "cuda", self.graph.device
+        context = torch.cuda.stream(torch.cuda.current_stream(device)) if on_gpu else nullcontext()
+
+        def wanted() -> bool:
+            # An iterator that is not used up lives until the process ends. It must not be in native code then, as a
+            # daemon thread would: Python ends such a thread in a way that C++ takes for a crash.
+            return not stop.is_set() and (threading.main_thread() if user.daemon else user).is_alive()
 
         def put(item) -> None:
-            while not stop.is_set():
+            while wanted():
                 try:
                     return ready.put(item, timeout=0.1)
                 except queue.Full:
@@ -210,14 +225,15 @@ class BatchLoader:
         def work() -> None:
             set_num_threads(1)  # the cores belong to the model; this thread only keeps ahead of it
             try:
-                for n_id in node_ids:
-                    if stop.is_set():
-                        return
-                    put(self._build(n_id))
+                with context:
+                    for n_id in node_ids:
+                        if not wanted():
+                            return
+                        put(self._build(n_id))
             except BaseException as error:
                 put(error)
 
-        thread = threading.Thread(target=work, name="vqgnn-loader", daemon=True)
+        thread = threading.Thread(target=work, name="vqgnn-loader")
         thread.start()
         try:
             for _ in node_ids:

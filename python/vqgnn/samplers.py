@@ -50,13 +50,14 @@ class TypeSampler:
         self.sizes, self.num_batches, self.shuffle = sizes, min(num_batches, sum(sizes)), shuffle
 
     def draw(self, generator: Generator) -> list[Tensor]:
-        batches, start = [[] for _ in range(self.num_batches)], 0
-        for k, size in enumerate(self.sizes):
+        batches, start, more = [[] for _ in range(self.num_batches)], 0, 0
+        for size in self.sizes:
             order = torch.randperm(size, generator=generator) if self.shuffle else torch.arange(size)
             for i, share in enumerate(torch.tensor_split(order + start, self.num_batches)):
-                # tensor_split gives its first parts more: by turns, so that they do not add up
-                batches[(i + k) % self.num_batches].append(share)
+                # tensor_split gives its first parts one more: by turns, so that batches are of equal size
+                batches[(i + more) % self.num_batches].append(share)
             start += size
+            more = (more + size) % self.num_batches
         return [torch.cat(shares).sort().values for shares in batches]
 
 

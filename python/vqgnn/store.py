@@ -80,16 +80,16 @@ def _exact(method: Callable) -> Callable:
     return run
 
 
-def _finite(g: Tensor) -> Tensor:
-    """g [b, f] with 0 for rows that are not numbers throughout.
+def _finite(x: Tensor) -> Tensor:
+    """x [b, f] with 0 for rows that are not numbers throughout.
 
-    A scaled loss overflows every now and then, and its step is skipped (torch.amp.GradScaler). What learns from
-    gradients by moving averages would not get rid of it.
+    In half precision, and with a scaled loss, a step overflows every now and then and is skipped
+    (torch.amp.GradScaler). What learns by moving averages would not get rid of it, and neighbours would read it.
     """
-    finite = g.float().sum(1, keepdim=True).isfinite()
+    finite = x.float().sum(1, keepdim=True).isfinite()
     if finite.device.type == "cpu" and finite.all():  # a GPU would have to be waited for
-        return g
-    return torch.where(finite, g, 0.0)
+        return x
+    return torch.where(finite, x, 0.0)
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,10 @@ class NodeStore(nn.Module):
         self.flush()
         super()._save_to_state_dict(*args)
 
+    def _load_from_state_dict(self, *args) -> None:
+        self.flush()  # or a push under way would write over what is loaded
+        super()._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict:
         self.flush()
         return self.__dict__ | {"_engine": None, "_numbers": {}}
@@ -411,7 +415,7 @@ class NodeStore(nn.Module):
         """Write states x [b, dim] and gradients g [b, dim] of nodes n_id [b]; a codebook learns from them.
 
         With codes, leaving g out keeps the gradient codewords; with gradient rows it keeps those rows. softmax
-        [b, 2, heads] goes with g where the store was made with heads. Gradients that overflowed count as 0. For
+        [b, 2, heads] goes with g where the store was made with heads. Rows that overflowed count as 0. For
         place="host" and "disk" n_id is in host memory; one on a GPU must be waited for.
         """
         row = {"x": (x, (self.dim,)), "g": (g, (self.dim,))}
@@ -424,7 +428,7 @@ class NodeStore(nn.Module):
                 )
         if n_id.numel() == 0:
             return
-        n_id = n_id.to(self.written.device)
+        n_id, x = n_id.to(self.written.device), _finite(x)
         if g is not None:
             g = _finite(g)
             if softmax is not None:  # the second is <g, M>

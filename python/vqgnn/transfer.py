@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -63,7 +65,8 @@ class TransferEngine:
         if self.device.type == "cuda":
             self._copy_stream = torch.cuda.ExternalStream(self._native.pull_stream, device=self.device)
         self._tables: list[tuple[Tensor, bool]] = []
-        self._pending: dict[object, torch.UntypedStorage] = {}  # of the batches under way, by their native ticket
+        self._pending: deque[tuple[object, torch.UntypedStorage]] = deque()  # tickets and memory of batches under way
+        self._forgetting = threading.Lock()
         # Also at exit, before modules are torn down; the memory outlives the threads that use it.
         self._close = weakref.finalize(self, _close, self._native, self._tables, self._pending)
 
@@ -174,13 +177,15 @@ class TransferEngine:
         self._forget()
         handle = operation(table, n_id.data_ptr(), n_id.shape[0], 0 if batch is None else batch.data_ptr(), stream)
         if batch is not None:
-            self._pending[handle] = batch.untyped_storage()  # not the tensor, which may hold its autograd graph
+            # not the tensor, which may hold its autograd graph
+            self._pending.append((handle, batch.untyped_storage()))
         return Ticket(self, handle, batch)
 
     def _forget(self) -> None:
         # The oldest first, up to one under way: a call costs the same however many transfers are queued.
-        while (handle := next(iter(self._pending), None)) is not None and self._native.done(handle):
-            self._pending.pop(handle, None)
+        with self._forgetting:
+            while self._pending and self._native.done(self._pending[0][0]):
+                self._pending.popleft()
 
 
 class Ticket:

@@ -90,7 +90,7 @@ def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CS
 
 def _impl(x, *args):
     csr, rows = _bundle(*args[:8])
-    kernels = implementation(__name__, x)
+    kernels = implementation(__name__, x, *args)
     if kernels is not reference:
         out = kernels.aggregate(x, csr, rows, *args[17:])
         if out is not None:

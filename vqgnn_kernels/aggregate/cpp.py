@@ -20,7 +20,7 @@ def aggregate(
     out = torch.empty(num_rows, f)
     good = _C.aggregate(
         values.data_ptr(), b, f, rowptr.data_ptr(), num_rows, col.data_ptr(), col.shape[0], address(weight),
-        address(halo), 0 if halo is None else halo.shape[0], table, dropout,
+        address(halo), -1 if halo is None else halo.shape[0], table, dropout,
         0 if seed is None else int(seed) & 0xFFFFFFFF, out.data_ptr(),
     )  # fmt: skip
     del kept

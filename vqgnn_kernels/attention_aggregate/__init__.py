@@ -226,7 +226,7 @@ def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CS
 
 def _forward_impl(x, *args):
     (csr, rows), operands = _bundle(*args[:8]), args[17:]
-    kernels = implementation(__name__, x)
+    kernels = implementation(__name__, x, *args)
     if kernels is not reference:
         result = kernels.forward(x, csr, rows, *operands)
         if result is not None:
@@ -243,7 +243,7 @@ def _forward_fake(x, rowptr, *args):
 
 def _rows_impl(grad_out, D, lse, x, *args):
     (csr, rows), operands = _bundle(*args[:8]), args[8:]
-    kernels = implementation(__name__, x)
+    kernels = implementation(__name__, x, grad_out, *args)
     result = None
     if kernels is not reference:
         result = kernels.backward_rows(grad_out, D, lse, x, csr, rows, *operands)
@@ -262,7 +262,7 @@ def _rows_fake(grad_out, D, lse, x, rowptr, *args):
 
 def _columns_impl(grad_out, D, lse, x, *args):
     (csr_t, grad_rows), constants = _bundle(*args[:8]), args[8:]
-    kernels = implementation(__name__, x)
+    kernels = implementation(__name__, x, grad_out, *args)
     result = None
     if kernels is not reference:
         result = kernels.backward_columns(grad_out, D, lse, x, csr_t, grad_rows, *constants)
@@ -318,7 +318,7 @@ def _with_zeros(grad, tensor):
 
 def _scores_impl(data, n_id, table):
     rows = Rows("pq", data)
-    kernels = implementation(__name__, data, table)
+    kernels = implementation(__name__, data, n_id, table)
     if kernels is not reference:
         out = kernels.code_scores(rows, n_id, table)
         if out is not None:

@@ -93,7 +93,7 @@ def _problem(
         "mode": mode, "heads": heads, "f": width // heads if split else width, "split": split,
         "slope": slope, "scale": scale, "dropout": dropout, "seed": int(seed) & 0xFFFFFFFF,
         "rowptr": rowptr.data_ptr(), "num_rows": rowptr.shape[0] - 1, "col": col.data_ptr(), "num_edges": col.shape[0],
-        "halo": address(halo), "num_halo": 0 if halo is None else halo.shape[0], "table": table,
+        "halo": address(halo), "num_halo": -1 if halo is None else halo.shape[0], "table": table,
         "num_own": num_own, "max_columns": 2**31 if by_column is None else by_column.shape[0],
         "edge_dim": 0 if csr.weight is None else csr.weight.shape[1],
         "grad_out": 0, "lse": 0, "delta": 0, "halo_stats": 0,

@@ -25,7 +25,8 @@ def vq_assign(
 
     Returns:
         codes [b, m]: uint8 for K <= 256, else int16. A row with NaN gets some code in range. Not differentiable.
-        Two codewords whose distances differ by less than the rounding of fp32 may be exchanged.
+        Codewords are compared by |c|^2 / 2 - w.c: two whose squared distances differ by less than fp32's rounding of
+        |c|^2 may be exchanged. Far from 0 that is much; take a mean off then.
 
     Raises:
         ValueError: wrong shape, dtype or device.
