@@ -270,7 +270,7 @@ E = awkward_graph().num_edges
     ("attr", "options", "message"),
     [
         (torch.ones(E, 3), {}, rf"edge_attr is \[{E}, 3\].*edge_dim={D} needs \[num_edges={E}, {D}\]"),
-        (torch.ones(E - 1, D), {}, rf"edge_attr is \[{E - 1}, {D}\].*needs \[num_edges={E}, {D}\]"),
+        (torch.ones(E - 1, D), {}, rf"edge_attr must be \[num_edges={E}, ...\], got \[{E - 1}, {D}\]"),
         (torch.ones(E), {}, rf"edge_attr is \[{E}\] torch.float32.*or set the conv's edge_dim"),
         (torch.ones(E, D).long(), {}, r"torch.int64.*needs .* torch.float32.*by \.float\(\)"),
         (torch.ones(E, D), {"fill_value": torch.ones(2)}, f"fill_value has 2 numbers for edge_dim={D}; give one a"),

@@ -592,3 +592,47 @@ def test_a_conv_that_fails_without_edges_has_batches_without(name, n_id, data):
     torch.testing.assert_close(out, expected[n_id], atol=1e-5, rtol=1e-5)
     out.sum().backward()
     assert torch.isfinite(x.grad).all() and all(torch.isfinite(p.grad).all() for p in conv.parameters())
+
+
+class ActsFirst(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.act = conv, nn.ReLU(inplace=True)
+
+    def forward(self, x, edge_index):
+        return self.conv(self.act(x), edge_index)
+
+
+@pytest.mark.parametrize("build", [pyg.GCNConv, pyg.GATConv, pyg.GraphConv])
+def test_a_model_that_changes_its_input_in_place_is_refused(build, data):
+    before = data.x.clone()
+    with pytest.raises(ValueError, match=r"the model changes batch\.x in place.*inplace=True"):
+        vqgnn.convert(ActsFirst(build(6, 3)), data)
+    assert torch.equal(data.x, before)
+
+
+def test_a_batch_of_another_graph_is_refused(data):
+    model = pyg.Sequential("x, e", [(pyg.GraphConv(6, 6), "x, e -> x"), (pyg.GraphConv(6, 3), "x, e -> x")])
+    vqgnn.convert(model, data, method="gas")
+    batch = next(iter(vqgnn.BatchLoader(awkward_graph(30), batch_size=10)))
+    with pytest.raises(ValueError, match="converted for a graph of 40 nodes and got a batch of one of 30"):
+        model(batch.x, batch.graph)
+
+
+def test_norms_of_messages_count_a_batch_once(data):
+    def conv(channels):
+        return pyg.EdgeConv(nn.Sequential(nn.Linear(2 * channels, 6), nn.BatchNorm1d(6)), aggr="add")
+
+    model = pyg.Sequential("x, e", [(conv(6), "x, e -> x"), (conv(6), "x, e -> x")])
+    vqgnn.convert(model, data, method="lmc").train()
+    for batch in vqgnn.BatchLoader(data, batch_size=10):
+        model(batch.x, batch.graph).square().sum().backward()
+    assert [int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm1d)] == [4, 4]
+
+
+@pytest.mark.parametrize("edges", [50, 200])
+@pytest.mark.parametrize("name", ["edge_attr", "edge_type"])
+def test_edge_tensors_of_another_length_are_named(name, edges, data):
+    data[name] = torch.zeros(edges, 3)
+    with pytest.raises(ValueError, match=rf"data\.{name} must be \[num_edges=\d+, \.\.\.\], got \[{edges}, 3\]"):
+        vqgnn.BatchLoader(data)

@@ -294,7 +294,12 @@ def test_copies_share_among_themselves(copies):
         other = torch.load(file, weights_only=False)
     steps = [int(store.step) for store in vqgnn.stores(model).values()]
     assert list(vqgnn.stores(other)) == list(vqgnn.stores(model))
-    batch = next(iter(batches(data)))
+
+    def fewest(batch):
+        return min(graph.receivers(GIVEN_EDGES)[0].numel() for graph in batch.graph_dict.values())
+
+    batch = max(batches(data), key=fewest)  # in which each conv has something to push
+    assert fewest(batch) > 0
     out = frozen(other)(batch.x_dict, batch.graph_dict)
     close(out, model.eval()(batch.x_dict, batch.graph_dict))
     loss_of(out, batch.y_dict).backward()
@@ -587,7 +592,7 @@ def test_a_pass_serves_all_convs_of_a_layer(monkeypatch):
     real = HeteroGraph.batch
     monkeypatch.setattr(HeteroGraph, "batch", lambda *args, **options: calls.append(0) or real(*args, **options))
     layerwise(model, data)
-    assert len(calls) == 2 + 3  # a look at the model's structure, and a pass a layer
+    assert len(calls) == 3 + 3  # looks at the model's structure, and a pass a layer
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
@@ -739,6 +744,169 @@ def test_a_type_without_rows_is_named():
 
     with pytest.raises(ValueError, match=r"SAGEConv of .*'of'.* got None as x of 'topic'.*ToUndirected"):
         vqgnn.convert(layers, data, forward=forward)
+
+
+class Own(pyg.MessagePassing):
+    """A conv of a user: what `prepare` does to sources before they are told, what `finish` does to results."""
+
+    def __init__(self, prepare=lambda x: x, finish=lambda out: out, gate=None):
+        super().__init__(aggr="add")
+        self.lin, self.prepare, self.finish, self.gate = nn.Linear(6, 6), prepare, finish, gate
+
+    def forward(self, x, edge_index):
+        source, target = x if isinstance(x, tuple) else (x, x)
+        return self.finish(self.propagate(edge_index, x=(self.prepare(source), target)))
+
+    def message(self, x_j, x_i):
+        return self.lin(x_j) if self.gate is None else self.lin(x_j) * self.gate(x_i)
+
+
+class TwoOwn(nn.Module):
+    """Two layers of a conv for each edge type, between types of 30 and `small` nodes; `mix` sees rows between them."""
+
+    TYPES = (("a", "to", "b"), ("b", "back", "a"), ("a", "self", "a"))
+
+    def __init__(self, conv=Own, mix=lambda x: x):
+        super().__init__()
+        self.layers = nn.ModuleList(HeteroConv({edge_type: conv() for edge_type in self.TYPES}) for _ in range(2))
+        self.mix = mix
+
+    def forward(self, x, edges):
+        return self.layers[1](self.mix(self.layers[0](x, edges)), edges)
+
+    @classmethod
+    def graph(cls, small=20):
+        data = HeteroData({node_type: {"x": torch.randn(n, 6)} for node_type, n in (("a", 30), ("b", small))})
+        for edge_type in cls.TYPES:
+            ends = (data[edge_type[k]].num_nodes for k in (0, 2))
+            data[edge_type].edge_index = torch.stack([torch.randint(n, (90,)) for n in ends])
+        return data
+
+
+def assert_pyg(model, data):
+    """Batches with stores of exact rows, and inference by parts, give what PyG's model gives."""
+    with torch.no_grad():
+        truth = model.eval()(data.x_dict, data.edge_index_dict)
+    vqgnn.convert(model, data, method="gas")
+    for batch in vqgnn.BatchLoader(data, batch_size=12):
+        close(model(batch.x_dict, batch.graph_dict), {k: rows[batch[k].n_id] for k, rows in truth.items()})
+    close(layerwise(model, data, batch_size=9), truth)
+
+
+def test_hooks_on_messages_are_called():
+    model = TwoOwn(lambda: pyg.SAGEConv((6, 6), 6))
+    for conv in model.modules():
+        if isinstance(conv, pyg.SAGEConv):
+            conv.register_message_forward_hook(lambda conv, given, out: 2 * out)
+    assert_pyg(model, TwoOwn.graph())
+
+
+class InPlaceBetween(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.first, self.second = nn.Linear(6, 6), pyg.GraphConv((6, 6), 3), pyg.GraphConv((6, 6), 3)
+
+    def forward(self, x, edges):
+        h = self.lin(x["a"])
+        b = self.first((h, x["b"]), edges[TwoOwn.TYPES[0]])
+        return {"b": b, "a": self.second(torch.relu_(h), edges[TwoOwn.TYPES[2]])}
+
+
+def test_rows_changed_in_place_are_others():
+    assert_pyg(InPlaceBetween(), TwoOwn.graph())
+
+
+def test_messages_gated_by_targets_are_compensated():
+    """By a comparison, which has no gradient."""
+    data, lin = TwoOwn.graph(), nn.Linear(6, 6)
+    model = TwoOwn(lambda: Own(gate=lambda x_i: (x_i[:, :1] > 0).float()), lambda x: {k: lin(x[k]) for k in x})
+
+    def gradient():
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    loss_of(model(data.x_dict, data.edge_index_dict), data.x_dict).backward()
+    truth = gradient()
+    vqgnn.convert(model, data, method="lmc", grad=True)
+    for _ in range(5):
+        model.zero_grad()
+        for batch in vqgnn.BatchLoader(data, batch_size=12, seed=1):
+            loss_of(model(batch.x_dict, batch.graph_dict), batch.x_dict).backward()
+    assert (gradient() - truth).norm() < 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda x: x - x[:1], lambda x: x + torch.arange(len(x))[:, None], lambda x: x.cumsum(0)],
+    ids=["first row", "position", "sum"],
+)
+def test_convs_that_know_where_rows_stand_are_refused(prepare):
+    refused(TwoOwn(lambda: Own(prepare)), "Own of .* rows of others than its sources", TwoOwn.graph())
+
+
+class Single(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x, edges):
+        return {"b": self.conv((x["a"], x["b"]), edges[TwoOwn.TYPES[0]])}
+
+
+@pytest.mark.parametrize("conv", [pyg.GATConv, pyg.GATv2Conv])
+@pytest.mark.parametrize("small", [20, 40])
+def test_self_loops_between_two_types_are_refused(conv, small):
+    refused(Single(conv((6, 6), 6)), "add_self_loops=False", TwoOwn.graph(small))
+
+
+@pytest.mark.parametrize("small", [20, 2, 1])
+@pytest.mark.parametrize(
+    "statistic",
+    [lambda x: x - x.mean(0), lambda x: x / x.abs().amax(0), lambda x: x.cumsum(0)],
+    ids=["mean", "max", "sum"],
+)
+@pytest.mark.parametrize("where", ["in the conv", "of a type", "of another type"])
+def test_statistics_over_nodes_need_all_of_them(where, statistic, small):
+    if where == "in the conv":
+        model = TwoOwn(lambda: Own(finish=statistic))
+    elif where == "of a type":
+        model = TwoOwn(mix=lambda x: {k: statistic(rows) for k, rows in x.items()})
+    else:
+        model = TwoOwn(mix=lambda x: {"a": x["a"] + statistic(x["b"])[:1], "b": x["b"]})
+    data = TwoOwn.graph(small)
+    with torch.no_grad():
+        truth = model.eval()(data.x_dict, data.edge_index_dict)
+    vqgnn.convert(model, data, method="drop")
+    close(layerwise(model, data), truth)
+    with pytest.raises(ValueError, match=r"batch_size=9 splits the .* nodes, but TwoOwn takes statistics"):
+        layerwise(model, data, batch_size=9)
+
+
+def test_a_graph_of_another_size_is_refused():
+    data, other = TwoOwn.graph(), TwoOwn.graph(25)
+    model = vqgnn.convert(TwoOwn(), data, method="gas")
+    batch = next(iter(vqgnn.BatchLoader(other)))
+    with pytest.raises(ValueError, match="converted for a graph of 20 nodes and got a batch of one of 25"):
+        model(batch.x_dict, batch.graph_dict)
+
+
+def test_other_edge_tensors_are_refused():
+    data, weighted = TwoOwn.graph(), TwoOwn.graph()
+    model = vqgnn.convert(TwoOwn(lambda: pyg.GraphConv((6, 6), 6)), data)
+    for edge_type in TwoOwn.TYPES:
+        weighted[edge_type].edge_weight = torch.rand(90)
+    with pytest.raises(ValueError, match=r"GraphConv of .* edges with \[\] and got some with \['edge_weight'\]"):
+        layerwise(model, weighted)
+
+
+def test_norms_of_messages_count_a_batch_once():
+    data = TwoOwn.graph()
+    model = TwoOwn(lambda: pyg.EdgeConv(nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6)), aggr="add"))
+    vqgnn.convert(model, data, method="lmc", grad=True).train()
+    count = 0
+    for batch in vqgnn.BatchLoader(data, batch_size=12):
+        loss_of(model(batch.x_dict, batch.graph_dict), batch.x_dict).backward()
+        count += 1
+    assert {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm1d)} == {count}
 
 
 @pytest.mark.parametrize("method", ["vq", "lmc"])

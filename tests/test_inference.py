@@ -388,3 +388,34 @@ def test_one_number_a_node(method):
     data = awkward_graph()
     model = vqgnn.convert(_Returns(lambda z, h: z[:, 0]), data, codec="pq:d=1,k=40")
     assert layerwise(model, data, method=method).shape == (data.num_nodes,)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h / h.abs().max(),
+        lambda h: h - h.amax(0),
+        lambda h: h - h[:1],
+        lambda h: h.cumsum(0),
+        lambda h: h + torch.arange(len(h))[:, None],
+    ],
+    ids=["largest", "largest of a channel", "first row", "sums", "position"],
+)
+def test_what_depends_on_other_rows_splits_no_nodes(mix, data):
+    """Also where some rows, as the first ones, are the same with and without the others."""
+    model = TwoConvs(mix).eval()
+    with torch.no_grad():
+        expected = model(data.x, data.edge_index)
+    vqgnn.convert(model, data, method="drop")
+    torch.testing.assert_close(vqgnn.inference.layerwise(model, data), expected)
+    with pytest.raises(ValueError, match="batch_size=7 splits the 40 nodes"):
+        vqgnn.inference.layerwise(model, data, batch_size=7)
+
+
+class TwoConvs(torch.nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.second, self.mix = pyg.GCNConv(6, 8), pyg.GCNConv(8, 3), mix
+
+    def forward(self, x, edge_index):
+        return self.second(self.mix(self.first(x, edge_index)), edge_index)

@@ -19,12 +19,13 @@ from .attention import Attention
 from .calling import call_model, device_of, evaluating
 from .dropout import watch_dropout
 from .generic import GenericConv, make_generic
-from .graph import BatchGraph, Graph, node_tensors, not_an_edge_index
+from .graph import BatchGraph, Graph, node_tensors, not_an_edge_index, require_unchanged, version
 from .inference import warmup
 from .loader import Batch
 from .nn import CONVS
 from .partitioning import cache_folder
 from .places import resolve
+from .pyg_code import has_message_hooks
 from .relation_conv import RelationConv
 from .store import Codec, NodeStore
 from .store_conv import INPUTS, StoreConv, StoreUse
@@ -317,7 +318,7 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
 def _make_store_conv(conv: nn.Module) -> None:
     """Let a PyG conv read a store: fused where there is such a one for its options, else by its own code."""
     cls = type(conv)
-    if cls in CONVS and not _has_message_hooks(conv):
+    if cls in CONVS and not has_message_hooks(conv):
         conv.__class__ = CONVS[cls]
         try:
             conv.convolution()
@@ -328,12 +329,6 @@ def _make_store_conv(conv: nn.Module) -> None:
         conv.convolution()  # raises for such an option
     elif not isinstance(conv, StoreConv):
         make_generic(conv)
-
-
-def _has_message_hooks(conv: pyg.MessagePassing) -> bool:
-    """Whether someone listens to a conv's messages, which a kernel never makes."""
-    kinds = ("_propagate_", "_message_", "_aggregate_", "_edge_update_")
-    return any(hooks for name, hooks in vars(conv).items() if name.startswith(kinds) and name.endswith("_hooks"))
 
 
 class _Probe:
@@ -378,7 +373,9 @@ def _probe(
     n_id = torch.arange(x.size(0), device=x.device)
     with evaluating(model), torch.no_grad():
         try:
+            before = version(x)
             forward(model, Batch.of(BatchGraph(graph, n_id, x, run=probe), tensors))
+            require_unchanged("batch.x", x, before)
         except NotImplementedError as error:  # how torch_geometric.utils refuse what is no tensor
             raise not_an_edge_index("a function of torch_geometric.utils") from error
     return probe.calls

@@ -31,8 +31,19 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import Rows
 
 from .dropout import undropped
-from .graph import BatchGraph
-from .pyg_code import Given, bind, deliver, drop_like, first_messages, flat, source_rows, uncached, unflat
+from .graph import BatchGraph, require_graph
+from .pyg_code import (
+    Given,
+    bind,
+    deliver,
+    drop_like,
+    first_messages,
+    flat,
+    frozen_statistics,
+    source_rows,
+    uncached,
+    unflat,
+)
 from .store import NodeStore
 from .store_conv import StoreConv, require_whole
 from .survey import Hop, Survey, settle_again
@@ -136,6 +147,8 @@ def _train(conv: GenericConv, given: Given) -> Tensor:
     first = survey.hops[0]
     use = first.store_use
     require_whole(use, graph)
+    if use.store is not None:
+        require_graph(use.store.num_nodes, graph.graph.num_nodes)
     edges = graph.edges(survey.edges, survey.valued)
     source, rows = source_rows(conv, given), None
     if use.input == "rows":
@@ -216,7 +229,7 @@ def _halo_gradient(conv: GenericConv, source: Tensor, hop: Hop, given: Given, se
         position = graph.position[edges.others]  # in the batch, whose rows are known exactly
         others = hop.store_use.store.pull(edges.others).to(source.dtype)
         others = torch.where((position >= 0)[:, None], source[position.clamp(min=0)], others)
-    with uncached(conv):
+    with uncached(conv), frozen_statistics(conv):
         messages = first_messages(conv, given, own, others, edges) if send is None else send(own, others, edges)
     known = hop.grads.written[targets] >= 0
     g = (hop.grads.pull(targets) * known[:, None]).to(messages.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.data import Data, HeteroData
-from torch_geometric.data.storage import NodeStorage
+from torch_geometric.data.storage import EdgeStorage, NodeStorage
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import add_self_loops, degree, get_laplacian, remove_self_loops
 
@@ -200,11 +200,18 @@ def check_ids(name: str, ids: Tensor, num_nodes: int, setting: str) -> None:
         )
 
 
-def check_edge_weight(name: str, weight: Tensor | None, num_edges: int) -> None:
-    if weight is not None and weight.shape != (num_edges,):
-        raise ValueError(
-            f"{name} must be [num_edges={num_edges}], got {list(weight.shape)}; give every edge one number"
-        )
+def check_edge_tensors(name: str, data: Data | EdgeStorage, num_edges: int) -> None:
+    """Raise a ValueError where what `data`, called so, has of its edges is not a row an edge."""
+    for key in EDGE_TENSORS:
+        value = data.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}.{key} must be a tensor with a row an edge, got a {type(value).__name__}")
+        one = key == "edge_weight"
+        if value.shape[:1] != (num_edges,) or (one and value.dim() != 1):
+            wanted = f"[num_edges={num_edges}]" if one else f"[num_edges={num_edges}, ...]"
+            raise ValueError(f"{name}.{key} must be {wanted}, got {list(value.shape)}; give every edge its own")
 
 
 def check_edge_attr(name: str, edge_attr: Tensor, num_edges: int, edge_dim: int) -> None:
@@ -241,7 +248,7 @@ class Graph:
         self.num_nodes = num_nodes
         self.edge_index = data.edge_index
         self.edge_weight = edge_weight(data)
-        check_edge_weight("data.edge_weight", self.edge_weight, edge_index.size(1))
+        check_edge_tensors("data", data, edge_index.size(1))
         self.edge_tensors = edge_tensors(data)
         self.x = data.x
         self.made = Made(_tensors(data))
@@ -402,6 +409,24 @@ def not_an_edge_index(used: str) -> EdgeIndexError:
     )
 
 
+def require_graph(kept: int, num_nodes: int) -> None:
+    """Raise a ValueError unless a store's nodes are as many as the graph's that a batch is of."""
+    if kept != num_nodes:
+        raise ValueError(
+            f"the model was converted for a graph of {kept} nodes and got a batch of one of {num_nodes}; convert it "
+            "for that one, or use vqgnn.inference.layerwise there"
+        )
+
+
+def require_unchanged(name: str, x: Tensor, before: int | None) -> None:
+    """Raise a ValueError where the model has changed its input in place since `before`, its `version`."""
+    if version(x) != before:
+        raise ValueError(
+            f"the model changes {name} in place, which must stay the data's features; leave out inplace=True (or "
+            "relu_, +=, ...) before its first conv"
+        )
+
+
 @dataclass(eq=False)
 class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
@@ -467,11 +492,7 @@ class BatchGraph:
 
     def neighbours(self, store: NodeStore, convolution: Convolution) -> Neighbours:
         """The batch's neighbours with their stored states."""
-        if store.num_nodes != self.graph.num_nodes:
-            raise ValueError(
-                f"the model was converted for a graph of {store.num_nodes} nodes and got a batch of one of "
-                f"{self.graph.num_nodes}; convert it for that one, or use vqgnn.inference.layerwise there"
-            )
+        require_graph(store.num_nodes, self.graph.num_nodes)
         started = None
         if not store.in_place:
             started = self._started.pop(store, None) or store.start(*self.origin.csr(convolution))

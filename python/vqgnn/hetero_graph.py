@@ -18,7 +18,7 @@ from .graph import (
     Made,
     Matrix,
     check_edge_index,
-    check_edge_weight,
+    check_edge_tensors,
     check_features,
     check_ids,
     compress,
@@ -44,7 +44,7 @@ class Relation(Graph):
         for side, node_type, nodes in ((0, source, x), (1, target, target_x)):
             ids = store.edge_index[side]
             check_ids(f"{name}.edge_index[{side}]", ids, len(nodes), f"data[{node_type!r}].num_nodes")
-        check_edge_weight(f"{name}.edge_weight", edge_weight(store), store.edge_index.size(1))
+        check_edge_tensors(name, store, store.edge_index.size(1))
         self.folder = None
         self.x, self.target_x = x, target_x
         self.num_nodes, self.num_sources = len(target_x), len(x)

@@ -283,7 +283,8 @@ class _Sweep:
         """
         rows: list[Tensor] = []  # what the model computes between messages
         num_convs, chain = 0, True
-        generator = None
+        generator = nodes = None
+        count = min(_PROBE_NODES, self.graph.num_nodes)
 
         def note(conv: StoreConv, x: Tensor, batch: BatchGraph, output=None) -> Tensor:
             nonlocal num_convs, chain
@@ -303,14 +304,14 @@ class _Sweep:
             return not dependence.of(value) <= {num_convs - 1}
 
         def noise(like: Tensor) -> Tensor:
-            """The same whatever the number of rows."""
-            return torch.rand(_PROBE_NODES, *like.shape[1:], generator=generator)[: len(like)].to(like)
+            """The same for a node, whichever others there are."""
+            return torch.rand(count, *like.shape[1:], generator=generator)[nodes].to(like)
 
-        def run(count: int) -> Tensor:
-            nonlocal generator, num_convs
-            generator, num_convs = torch.Generator().manual_seed(0), 0
-            x = self.graph.x[:count].to(self.device)
-            batch_graph = _Edgeless(self.graph, torch.arange(count, device=self.device), x + noise(x) / 2, run=note)
+        def run(part: slice) -> Tensor:
+            nonlocal generator, num_convs, nodes
+            generator, num_convs, nodes = torch.Generator().manual_seed(0), 0, part
+            x, n_id = self.graph.x[:count][nodes].to(self.device), torch.arange(count, device=self.device)[nodes]
+            batch_graph = _Edgeless(self.graph, n_id, x + noise(x) / 2, run=note)
             batch = Batch.of(batch_graph, self.tensors)
             for name in self.tensors:
                 value = getattr(batch, name)
@@ -319,15 +320,18 @@ class _Sweep:
             rows.extend(value for value in tree_leaves(out) if isinstance(value, Tensor) and value.dim())
             return out
 
-        count = min(_PROBE_NODES, self.graph.num_nodes)
         with Dependence() as dependence:
-            out = run(count)
+            out = run(slice(count))
         # With what the host reads it may choose what to call, and must read the real values.
         is_chain = chain and not skips(out) and not dependence.read
         together = rows[:]
         rows.clear()
-        run(min(count, max(2, count // 2)))  # one row alone has no variance
-        splits = all(alike(a[: len(b)], b) for a, b in zip(together, rows, strict=True))
+        splits = True
+        half = min(count, max(2, count // 2))  # one row alone has no variance
+        for part in (slice(half), slice(count - half, count)):  # the largest row of all, or the first, is not in both
+            run(part)
+            splits &= all(alike(a[part], b) for a, b in zip(together, rows, strict=True))
+            rows.clear()
         return num_convs, is_chain, splits
 
     def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:

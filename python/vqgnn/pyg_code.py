@@ -61,6 +61,25 @@ def bind(conv: GenericConv, args: tuple, kwargs: dict) -> Given:
     return Given(bound.arguments[slot], bound, slot, taken_edge_tensors(conv, graph))
 
 
+@contextmanager
+def frozen_statistics(conv: MessagePassing) -> Iterator[None]:
+    """For a time, norms inside keep their running statistics: messages are made a second time, of other rows."""
+    norms = [m for m in conv.modules() if getattr(m, "track_running_stats", False)]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def has_message_hooks(conv: MessagePassing) -> bool:
+    """Whether someone listens to a conv's messages, which a kernel never makes."""
+    kinds = ("_propagate_", "_message_", "_aggregate_", "_edge_update_")
+    return any(hooks for name, hooks in vars(conv).items() if name.startswith(kinds) and name.endswith("_hooks"))
+
+
 def taken_edge_tensors(conv: GenericConv | RelationConv, graph: Graph | Relation) -> dict[str, Tensor]:
     """The data's tensors with a row an edge that a conv takes."""
     parameters = _signature(conv.pyg_class).parameters

@@ -27,10 +27,10 @@ from vqgnn_kernels import CSR
 
 from .dropout import dropped, undropped
 from .generic import refuse_taken_names
-from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution
+from .graph import EDGE_TENSORS, BatchEdges, BatchGraph, Convolution, require_graph
 from .hetero_graph import BatchRelation, EdgeType, Relation
 from .nn import CONVS
-from .pyg_code import Stop, flat
+from .pyg_code import Stop, flat, frozen_statistics, has_message_hooks, taken_edge_tensors
 from .store import Neighbours, NodeStore
 from .store_conv import StoreConv, StoreUse, require_whole
 
@@ -79,7 +79,7 @@ class Form:
 
     edge_values: the edge type's tensors with a row an edge that it takes. target_dim: channels of its targets.
     out_dims: of what each propagate returns for one. additive: whether messages are summed. reads_targets: whether
-    they depend on their target's x.
+    they depend on their target's x. splits: whether what it makes of messages for a node needs no other targets.
     """
 
     edge_values: list[str]
@@ -87,6 +87,7 @@ class Form:
     out_dims: list[int]
     additive: bool
     reads_targets: bool
+    splits: bool = True
 
 
 class RelationConv(StoreConv):
@@ -158,7 +159,7 @@ def make_relation_conv(conv: MessagePassing) -> None:
         return
     if isinstance(conv, StoreConv):
         raise ValueError(f"{cls.__name__} was converted with a Data before; convert a model of PyG's convs")
-    if cls in FUSED:
+    if cls in FUSED and not has_message_hooks(conv):
         conv.__class__ = relation_class(cls, True)
         try:
             conv.convolution()
@@ -179,9 +180,20 @@ def _on_batch(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
     if conv.store_use is None:
         raise ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
     require_whole(conv.store_use, graph)
+    _require_same(conv.store_use, graph)
     if conv.fixed:
         return conv.combine(target, _messages(conv, source, graph))
     return _own_code(conv, source, target, graph)
+
+
+def _require_same(use: RelationUse, graph: BatchRelation) -> None:
+    relation = graph.graph
+    sizes = [(use.store, relation.num_sources), (use.targets, relation.num_nodes)]
+    if use.grads:
+        sizes.append((use.grads[0].store, len(relation.receivers(use.convolution))))
+    for store, num_nodes in sizes:
+        if store is not None:
+            require_graph(store.num_nodes, num_nodes)
 
 
 def _messages(conv: RelationConv, x: Tensor, graph: BatchRelation) -> Tensor:
@@ -272,7 +284,13 @@ def deliver(
         edges = edges.among(source.size(0))
     elif others.size(0):
         source = torch.cat([source, others.to(source.dtype)])
-    values = {name: relation.edge_tensors[name][edges.ids] for name in conv.form.edge_values}
+    taken = taken_edge_tensors(conv, relation)
+    if list(taken) != conv.form.edge_values:
+        raise ValueError(
+            f"{type(conv).__name__} of {relation.edge_type} was converted for edges with {conv.form.edge_values} and "
+            f"got some with {[*taken]}; give it data with the same, or convert the model anew"
+        )
+    values = {name: taken[name][edges.ids] for name in conv.form.edge_values}
     return run_code(conv, source, target, edges.edge_index, values, visit)
 
 
@@ -329,7 +347,8 @@ def _halo_gradient(conv: RelationConv, source: Tensor, graph: BatchRelation) -> 
     if graph.graph.square:  # targets are sources too, and stand before the others
         others = torch.cat([use.store.pull(targets).to(dtype), others])
     visit, places = messages_only(conv, len(use.grads)), graph.outside_receivers(GIVEN_EDGES)
-    messages = deliver(conv, others, others[:0], own, edges, graph.graph, visit)
+    with frozen_statistics(conv):
+        messages = deliver(conv, others, others[:0], own, edges, graph.graph, visit)
     stores = [gradients.store for gradients in use.grads]
     g = torch.cat([store.pull(places) * (store.written[places] >= 0)[:, None] for store in stores], 1)
     return torch.autograd.grad(messages, source, g.to(messages.dtype))[0]
