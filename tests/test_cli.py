@@ -210,9 +210,33 @@ def test_damaged_checkpoint(run, capsys, content):
     fails(capsys, ["evaluate", str(run)], "not a readable checkpoint")
 
 
-@pytest.mark.parametrize("content", ["{", '{"hiden": 3}', '{"hidden": "wide"}', '{"hidden": 0}', "[]"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "."])
+def test_predictions_overwrite_no_other_file(run, capsys, name):
+    before = (run / "checkpoint.pt").read_bytes()
+    fails(capsys, ["predict", str(run), "--out", str(run / name)], "give")
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_metrics_that_are_gone(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    fails(capsys, ["train", "--resume", "--out", str(run)], "metrics.jsonl of the first", "start a new run")
+
+
+def test_outputs_that_are_no_numbers(tmp_path, capsys):
+    arguments = ["train", *SMALL, "--out", str(tmp_path / "run"), "--lr", "1e38", "--epochs", "1", "--norm", "none"]
+    assert main([*arguments, "--batch-size", "100000"]) == 1
+    assert "the outputs are not finite after epoch 1; try a smaller --lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", '{"hiden": 3}', '{"hidden": "wide"}', '{"hidden": 0}', "[]", '{"hidden": null}', '{"dataset": 5}',
+        '{"directed": 1}', '{"lr": [1]}', b"\xff",
+    ],
+)  # fmt: skip
 def test_damaged_config(run, capsys, content):
-    (run / "config.json").write_text(content)
+    (run / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     fails(capsys, ["evaluate", str(run)])
 
 
@@ -238,6 +262,7 @@ BAD_OPTIONS = {
     "whitening of rows": (["--method", "gas", "--codec", "fp32", "--no-whiten"], "is for method vq"),
     "sweeps of no store": (["--method", "drop", "--refresh-every", "2"], "which keep node states"),
     "codes of rows": (["--method", "gas", "--codec", "fp32", "--inference", "vq"], "which has codebooks"),
+    "seed": (["--seed", "99999999999999999999"], "--seed"),
     "no such option": (["--colour", "red"], "--colour"),
 }
 

@@ -90,6 +90,49 @@ def test_a_saved_graph_keeps_its_edges(undirected, pieces, tmp_path):
         graph_writer.save(source, tmp_path / "graph")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"edge_index": torch.tensor([[0, 40], [1, 2]])},
+            r"data\.edge_index holds node ids 0\.\.40, allowed are 0\.\.39",
+        ),
+        ({"edge_index": torch.tensor([[0, 3], [-1, 2]])}, r"data\.edge_index holds node ids -1\.\.3"),
+        ({"edge_index": torch.tensor([[0.0], [1.0]])}, r"data\.edge_index must be int64"),
+        ({"edge_weight": torch.ones(127)}, "data has edge_weight, which a graph folder does not keep"),
+        ({"edge_attr": torch.ones(127, 2), "pos": torch.ones(40)}, "data has edge_attr, pos, which"),
+        ({"x": None}, r"data\.x must be \[num_nodes=40, features\], got None"),
+        ({"x": torch.full((40, 6), torch.nan)}, r"data\.x has values that are NaN"),
+        ({"y": None}, r"data\.y must be \[num_nodes=40\] class numbers, integers, got None"),
+        ({"y": torch.zeros(5, dtype=torch.long)}, r"data\.y must be .* got \[5\] torch\.int64"),
+        ({"y": torch.full((40,), 1.9)}, r"data\.y must be .* torch\.float32"),
+        ({"y": torch.full((40,), -1)}, r"data\.y has classes -1\.\.-1 where a mask is set; allowed are 0\.\.-1"),
+        ({"val_mask": None}, r"data\.val_mask must be bool .* got None"),
+        ({"val_mask": torch.arange(40) % 3}, r"data\.val_mask must be bool .* torch\.int64"),
+        ({"val_mask": torch.ones(40, 2).bool()}, r"data\.val_mask must be bool \[num_nodes=40\].* got \[40, 2\]"),
+        ({"val_mask": torch.zeros(40).bool()}, r"data\.val_mask must be .* with 0 nodes"),
+        ({"val_mask": torch.ones(40).bool()}, r"data\.train_mask, val_mask, test_mask overlap"),
+    ],
+    ids=str,
+)
+def test_what_a_folder_cannot_keep_is_named(changes, message, tmp_path):
+    data = awkward()
+    data.num_nodes, data.name = 40, "awkward"  # which are no tensors
+    data.update(changes)
+    with pytest.raises(ValueError, match=message):
+        graph_writer.save(data, tmp_path / "graph")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ends_of_edges_are_checked_as_they_are_written(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"edges have ends 3\.\.40; nodes are 0\.\.39"),
+        graph_writer.creating(tmp_path / "graph", 40, False, 0) as writer,
+    ):
+        writer.edges([(np.array([0, 1]), np.array([2, 3])), (np.array([5, 40]), np.array([3, 4]))], 4)
+    assert not (tmp_path / "graph").exists()
+
+
 def test_a_graph_without_edges(tmp_path):
     data = awkward(num_edges=9)
     data.edge_index = torch.empty(2, 0, dtype=torch.int64)

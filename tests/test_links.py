@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import awkward_graph
+from torch_geometric.data import Data
 
 from vqgnn import LinkLoader, datasets
 from vqgnn.cli import main
@@ -99,12 +100,27 @@ def test_split_of_a_recommender():
     assert np.array_equal(message, BOUGHT) and np.array_equal(links.train, BOUGHT)
     assert links.val.tolist() == [[1], [3]] and links.test.tolist() == [[0, 2], [6, 3]]
     assert links.metrics == ("recall",) and links.destinations(7) == range(3, 7)
-    many = np.stack([np.arange(200) % USERS, USERS + np.arange(200) % ITEMS])
-    message, links = given_split("file", recommender_file(), many, 7, seed=1)
-    assert message.shape == (2, 190) and links.val.shape == (2, 10) and np.array_equal(message, links.train)
+    every = np.stack([np.repeat(np.arange(20), 10), 20 + np.tile(np.arange(10), 20)])
+    test, many = every[:, :2], every[:, 2:]
+    file = recommender_file(num_users=np.int64(20), test_pos=test)
+    message, links = given_split("file", file, many, 30, seed=1)
+    assert message.shape == (2, 188) and links.val.shape == (2, 10) and np.array_equal(message, links.train)
     assert sorted(np.concatenate([message, links.val], 1).T.tolist()) == sorted(many.T.tolist())
-    other = given_split("file", recommender_file(), many, 7, seed=2)[1]
+    other = given_split("file", file, many, 30, seed=2)[1]
     assert not torch.equal(links.val, other.val)
+    # edges that are to be found are not learnt, and one that is there twice counts once
+    again = given_split("file", file, np.concatenate([many, test, many[:, :50]], 1), 30, seed=1)
+    assert np.array_equal(again[0], message) and torch.equal(again[1].val, links.val)
+    given = given_split("file", {**file, "val_pos": many[:, 5:9]}, every, 30)
+    assert np.array_equal(given[0], np.delete(many, range(5, 9), 1)) and np.array_equal(given[1].train, given[0])
+
+
+def test_an_edge_to_find_does_not_pass_messages_backwards():
+    both = np.concatenate([EDGES, EDGES[::-1]], 1)
+    found = [given_split("file", split_file(), both, 5, directed=directed)[0].T.tolist() for directed in (False, True)]
+    held_out = [[1, 2], [3, 4]]
+    assert all(pair not in found[0] and pair[::-1] not in found[0] for pair in held_out) and len(found[0]) == 6
+    assert all(pair not in found[1] and pair[::-1] in found[1] for pair in held_out)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +129,8 @@ def test_split_of_a_recommender():
         ({"num_users": None}, "lacks num_users"),
         ({"test_pos": np.array([[0], [7]])}, r"test_pos .* integers 0\.\.6"),
         ({"test_pos": np.array([[3], [6]])}, r"test_pos .* from users 0\.\.2 to items 3"),
+        ({"num_users": np.array([3, 4])}, r"num_users \[2\]; it must be one number"),
+        ({"val_pos": BOUGHT}, "all of the graph's edges in val_pos and test_pos"),
         ({"num_users": np.int64(4)}, r"the graph's edges .* from users 0\.\.3 to items 4"),
     ],
 )
@@ -155,6 +173,37 @@ def test_drawn_pairs_with_the_edges_sources():
     assert met == set(range(30, 40))
 
 
+def test_few_nodes_make_no_empty_batches():
+    data = Data(x=torch.randn(6, 3), edge_index=torch.randint(6, (2, 20)))
+    for batch_size in (None, 1, 3, 5):
+        pairs = [batch.pairs.size(1) for batch in LinkLoader(data, data.edge_index, batch_size)]
+        assert sum(pairs) == 40 and min(pairs) >= 2
+
+
+@pytest.mark.parametrize(
+    ("edges", "options", "message"),
+    [
+        (torch.zeros(2, 0, dtype=torch.long), {}, r"edges is \[2, 0\]"),
+        (torch.zeros(5, 2, dtype=torch.long), {}, r"edges must be a \[2, num_edges\] tensor"),
+        (torch.zeros(2, 5), {}, "edges must be int64"),
+        (torch.tensor([[0], [6]]), {}, r"edges holds node ids 0\.\.6, allowed are 0\.\.5"),
+        (torch.tensor([[0], [1]]), {"destinations": range(3, 3)}, r"destinations=range\(3, 3\) must be a range"),
+        (torch.tensor([[0], [1]]), {"destinations": range(0, 6, 2)}, "not empty, of step 1"),
+        (torch.tensor([[0], [1]]), {"destinations": range(3, 9)}, r"within data's nodes 0\.\.5"),
+    ],
+)
+def test_edges_that_do_not_fit_are_named(edges, options, message):
+    data = Data(x=torch.randn(6, 3), edge_index=torch.randint(6, (2, 20)))
+    with pytest.raises(ValueError, match=message):
+        LinkLoader(data, edges, **options)
+
+
+@pytest.mark.parametrize("edges", [[[], []], [[0, 1, 1], [0, 1, 1]]], ids=["none", "loops"])
+def test_a_graph_without_joined_nodes_has_no_split(edges):
+    with pytest.raises(InputError, match="0 joined pairs of nodes; --task link needs 3"):
+        random_split(np.array(edges, np.int64), 6, 0)
+
+
 def test_whole_graph_batch():
     data = awkward_graph()
     (batch,) = LinkLoader(data, data.edge_index, whole=True)
@@ -165,7 +214,6 @@ def test_hits_against_hand_counts():
     negative = torch.tensor([0.1, 0.9, 0.5, 0.3])
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 1) == 0.25  # above 0.9; a tie is no hit
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 2) == 0.75
-    assert hits(torch.tensor([0.0]), negative, 5) == 1.0
 
 
 def test_mrr_against_hand_counts():
@@ -189,7 +237,8 @@ def test_recall_against_a_slow_count(scores, monkeypatch):
         ranked = sorted(set(range(users, users + items)) - known, key=lambda item: -float(z[user] @ z[item]))
         shares.append(len(wanted & set(ranked[:k])) / len(wanted))
     assert 0 < sum(shares) < len(shares)
-    assert recall(z, pairs, met, users, k) == pytest.approx(sum(shares) / len(shares))
+    for given in (pairs, torch.cat([pairs, pairs[:, :9]], 1)):  # a pair counts once
+        assert recall(z, given, met, users, k) == pytest.approx(sum(shares) / len(shares))
 
 
 @pytest.mark.parametrize("head", ["dot", "mlp"])
@@ -326,6 +375,7 @@ def test_options_that_do_not_go_together(options, message):
     [
         ({"metric": "mrr"}, r"--metric mrr needs --links with negatives .*; these links have hits"),
         ({"metric": "recall"}, r"--metric recall needs --links of a recommender"),
+        ({"hits": 1_000_000}, "--hits 1000000 needs as many pairs that are no edges; of these there are 100000"),
     ],
 )
 def test_scores_that_the_links_do_not_give(options, message):

@@ -197,8 +197,8 @@ def test_methods_without_states(build, method, new):
 
 def test_edges_of_a_graph_on_disk(tmp_path):
     data = awkward_graph()
-    for key in datasets.MASKS:
-        data[key] = torch.ones(KNOWN, dtype=torch.bool)
+    for k, key in enumerate(datasets.MASKS):
+        data[key] = torch.arange(KNOWN) % 3 == k
     saved = graph_writer.save(data, tmp_path / "graph", undirected=False)
     nodes = torch.tensor([0, 3, 17, 38, 39])
     found = coalesce(serving._edges_of(data, nodes)[0])

@@ -143,6 +143,10 @@ def predict(
         raise InputError("--refresh is for --new; without it every node is computed anew by --inference")
     if new is not None and inference != "exact":
         raise InputError(f"--inference {inference} is not for --new, which reads the stored states; leave it out")
+    if out.is_dir() or not os.access(next(folder for folder in out.absolute().parents if folder.exists()), os.W_OK):
+        raise InputError(f"--out {str(out)!r} is a folder or cannot be written; give the path of a new .npz file")
+    if out.suffix != ".npz" and out.exists():
+        raise InputError(f"--out {str(out)!r} exists and is no .npz file; give another path")
     _, trainer = _trained(run)
     import numpy as np
 

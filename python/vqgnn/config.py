@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 _RANDOM, _LEARNED = "random:", "learned:"
 _METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
@@ -122,7 +122,7 @@ class Config:
         "BatchNorm's statistics there: averages over batches, or of one exact pass over all nodes; 'auto': exact for "
         "hybrid, whose means move with its codewords.",
     )
-    seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0)
+    seed: int = option(0, "Decides first weights, batches, dropout and codebooks.", 0, 2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train; 'auto' is the GPU where there is one.")
     threads: int | None = option(None, "Threads to compute with. [default: torch's choice]", 1)
 
@@ -232,11 +232,24 @@ class Config:
     def read(cls, path: Path) -> "Config":
         """The config of a run folder; an InputError when it is damaged or of another version."""
         try:
-            return cls(**BEFORE | json.loads(path.read_text()))
+            values = BEFORE | json.loads(path.read_text())
+            for f in fields(cls):
+                if f.name in values and not _is_one(values[f.name], f.type):
+                    raise TypeError(f"{f.name} is {values[f.name]!r}")
+            return cls(**values)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; is {path.parent} a run folder?") from error
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no run's config ({error}); start a new run") from error
+
+
+def _is_one(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kinds := get_args(kind):
+        return any(_is_one(value, of) for of in kinds)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def option_name(name: str) -> str:

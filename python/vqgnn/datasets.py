@@ -106,7 +106,7 @@ def load_links(
     if path is None:
         edge_index, found = link_splits.random_split(edge_index, len(x), split)
     else:
-        edge_index, found = link_splits.given_split(str(path), read_npz(path), edge_index, len(x), split)
+        edge_index, found = link_splits.given_split(str(path), read_npz(path), edge_index, len(x), split, directed)
     return Dataset(name, Data(x=x, edge_index=_edges(edge_index, len(x), directed)), 0, False, found)
 
 
@@ -276,7 +276,7 @@ def _checked(name: str, arrays: dict[str, np.ndarray], split: int, directed: boo
     if missing:
         refuse(f"lacks {', '.join(missing)}; needed are x (or x_data, ...), y, edge_index and {', '.join(MASKS)}")
     y = arrays["y"]
-    if y.ndim not in (1, 2) or len(y) == 0:
+    if y.ndim not in (1, 2) or y.size == 0:
         refuse(f"has y of shape {list(y.shape)}; it must be [nodes] or [nodes, classes]")
     n = len(y)
     x, edge_index = _checked_graph(name, arrays, n, columns)
@@ -312,6 +312,8 @@ def _checked_graph(
         )
     if "edge_index" not in arrays:
         refuse("lacks edge_index [2, edges]")
+    if "edge_weight" in arrays:
+        refuse("has edge_weight, and here all edges weigh alike; remove it, or use vqgnn.convert, which takes weights")
     x, edge_index = arrays["x"], arrays["edge_index"]
     if x.ndim != 2 or len(x) != n or x.shape[1] == 0 or x.dtype.kind not in "fiub":
         refuse(f"has x of shape {list(x.shape)}, {x.dtype}, for {n} nodes; it must be numbers [nodes, features]")
@@ -356,7 +358,9 @@ def _labels(refuse: Callable[[str], None], arrays: dict, y: np.ndarray, labelled
         refuse(f"has labels of {y.dtype}; y must be integer class numbers [nodes] or multi-hot [nodes, classes]")
     known = y[labelled]
     if "num_classes" in arrays:
-        num_classes = int(arrays["num_classes"])
+        if arrays["num_classes"].size != 1 or arrays["num_classes"].dtype.kind not in "iu":
+            refuse(f"has num_classes {list(arrays['num_classes'].shape)}; it must be one number")
+        num_classes = int(arrays["num_classes"].item())
     elif "label_names" in arrays:
         num_classes = len(arrays["label_names"])
     else:

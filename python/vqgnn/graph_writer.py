@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch_geometric.data import Data
 
 from .config import InputError
 from .disk_graph import FORMAT, NODE_ARRAYS, VERSION, GraphFolder, MappedData
 from .files import atomic_write, check_space, only_one, write_npy
+from .graph import check_edge_index, check_features, check_ids
 
 _EDGES = 4_000_000  # edges in RAM at a time; which buckets a generated graph's edges meet in is part of the result
+_MASKS = [name for name in NODE_ARRAYS if name.endswith("_mask")]
 _MAX_BUCKETS = 512  # files open at a time
 
 
@@ -31,14 +35,12 @@ def save(data: Data, path: str | Path, num_classes: int | None = None, undirecte
 
     Raises:
         InputError: `path` exists already, or the disk is too full.
-        ValueError: the graph has edge weights or several labels a node, which a folder does not keep.
+        ValueError: one of these is missing or not what it must be, or the graph has more, as edge weights or several
+            labels a node, which a folder does not keep.
     """
+    num_classes = _check(data, num_classes)
     path, edge_index = Path(path), data.edge_index.numpy()
-    if "edge_weight" in data:
-        raise ValueError("data has edge_weight, which a graph folder does not keep; remove it")
-    if data.y.dim() != 1:
-        raise ValueError(f"data.y must be [num_nodes] class numbers, got {list(data.y.shape)}; keep one label a node")
-    needed = sum(tensor.nbytes for _, tensor in data) + 32 * edge_index.shape[1]
+    needed = sum(data[name].nbytes for name in NODE_ARRAYS) + 48 * edge_index.shape[1]
     with creating(path, data.num_nodes, undirected, needed) as writer:
         if writer is None:
             raise InputError(f"{path} exists already; give another path")
@@ -46,8 +48,39 @@ def save(data: Data, path: str | Path, num_classes: int | None = None, undirecte
         writer.edges((edge_index[:, start : start + _EDGES] for start in starts), 2 * edge_index.shape[1])
         for name in NODE_ARRAYS:
             writer.array(name, data[name].split(_EDGES), tuple(data[name].shape[1:]))
-        writer.finish(int(data.y.max()) + 1 if num_classes is None else num_classes)
+        writer.finish(num_classes)
     return MappedData(GraphFolder(path))
+
+
+def _check(data: Data, num_classes: int | None) -> int:
+    """The number of classes of data that a folder can keep; else a ValueError."""
+    n = data.num_nodes
+    check_edge_index("data.edge_index", data.edge_index)
+    check_features("data.x", data.x, n)
+    check_ids("data.edge_index", data.edge_index, n, "data.num_nodes")
+    tensors = {name for name, value in data.to_dict().items() if isinstance(value, Tensor)}
+    if more := sorted(tensors - {"edge_index", *NODE_ARRAYS}):
+        raise ValueError(f"data has {', '.join(more)}, which a graph folder does not keep; remove it from data")
+    if not data.x.sum(dtype=torch.float64).isfinite():
+        raise ValueError("data.x has values that are NaN or infinite; clean them first")
+    y, masks = data.get("y"), {name: data.get(name) for name in _MASKS}
+    if y is None or y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
+        came = None if y is None else f"{list(y.shape)} {y.dtype}"
+        raise ValueError(f"data.y must be [num_nodes={n}] class numbers, integers, got {came}; keep one label a node")
+    for name, mask in masks.items():
+        if mask is None or mask.shape != (n,) or mask.dtype != torch.bool or not mask.any():
+            came = None if mask is None else f"{list(mask.shape)} {mask.dtype} with {int((mask != 0).sum())} nodes"
+            raise ValueError(f"data.{name} must be bool [num_nodes={n}] with a node or more, got {came}; set it")
+    if (sum(mask.int() for mask in masks.values()) > 1).any():
+        raise ValueError(f"data.{', '.join(_MASKS)} overlap; every node may be in one of them")
+    known = y[torch.stack([*masks.values()]).any(0)]
+    classes = int(known.max()) + 1 if num_classes is None else num_classes
+    if known.min() < 0 or known.max() >= classes:
+        raise ValueError(
+            f"data.y has classes {int(known.min())}..{int(known.max())} where a mask is set; allowed are "
+            f"0..{classes - 1}: give other labels or num_classes"
+        )
+    return classes
 
 
 @contextmanager
@@ -96,6 +129,9 @@ class FolderWriter:
         with self.timed("sort edges"), Buckets(self.path / "by-target", self.n, expected) as by_target:
             others = None if self.undirected else Buckets(self.path / "by-source", self.n, expected)
             for source, target in chunks:
+                for ends in (source, target):
+                    if len(ends) and not 0 <= ends.min() <= ends.max() < self.n:
+                        raise ValueError(f"edges have ends {ends.min()}..{ends.max()}; nodes are 0..{self.n - 1}")
                 by_target.add(target, source)
                 (others or by_target).add(source, target)
             self.bytes += by_target.bytes

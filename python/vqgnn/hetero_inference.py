@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -67,16 +67,23 @@ def _stale(
     with evaluating(model):
         output, results = Structure(model, data, forward).output_type(), {}
         for batch in tqdm(BatchLoader(data, batch_size), disable=not progress, desc="inference", leave=False):
-            for node_type, rows in _by_type(forward(model, batch), output).items():
+            for node_type, rows in _by_type(forward(model, batch), output, graph.sizes).items():
                 if node_type not in results:
                     results[node_type] = rows.new_empty(graph.sizes[node_type], *rows.shape[1:])
                 results[node_type][batch[node_type].n_id] = rows
     return results if output is None else results[output]
 
 
-def _by_type(out: Tensor | dict[str, Tensor], output: str | None) -> dict[str, Tensor]:
+def _by_type(out: Tensor | dict[str, Tensor], output: str | None, node_types: Iterable[str]) -> dict[str, Tensor]:
     """A model's result by node type; of types that it does not update PyG's models return None."""
-    return {k: v for k, v in out.items() if v is not None} if output is None else {output: out}
+    found = {k: v for k, v in out.items() if v is not None} if output is None else {output: out}
+    for key, rows in found.items():
+        if key not in node_types or not isinstance(rows, Tensor):
+            raise ValueError(
+                f"the model returned a {type(rows).__name__} under {key!r}; inference takes a dict of rows by node "
+                f"type ({', '.join(node_types)}): give forward= to choose them"
+            )
+    return found
 
 
 class _Enough(Exception):
@@ -167,7 +174,7 @@ class _Sweep:
             out = self.forward(self.model, self.graph.batch(n_id, self.tensors, run=self))
         except _Enough:
             return
-        for node_type, rows in _by_type(out, output).items():
+        for node_type, rows in _by_type(out, output, self.graph.sizes).items():
             self._write(self.results, node_type, node_type, rows, rows.dtype)
 
     def __call__(self, conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRelation) -> Tensor:

@@ -63,6 +63,8 @@ def random_split(edge_index: np.ndarray, num_nodes: int, seed: int) -> tuple[np.
     key = low * num_nodes + high
     pairs, which = np.unique(key, return_inverse=True)
     joined = np.flatnonzero(pairs // num_nodes != pairs % num_nodes)  # a self loop is never held out
+    if len(joined) < 3:
+        raise InputError(f"the graph has {len(joined)} joined pairs of nodes; --task link needs 3 to split, or more")
     order = rng.permutation(joined)
     val, test = math.ceil(_VAL * len(order)), math.ceil(_TEST * len(order))
     kept = np.ones(len(pairs), bool)
@@ -80,16 +82,22 @@ def random_split(edge_index: np.ndarray, num_nodes: int, seed: int) -> tuple[np.
 
 
 def given_split(
-    name: str, arrays: dict[str, np.ndarray], edge_index: np.ndarray, num_nodes: int, seed: int = 0
+    name: str,
+    arrays: dict[str, np.ndarray],
+    edge_index: np.ndarray,
+    num_nodes: int,
+    seed: int = 0,
+    directed: bool = False,
 ) -> tuple[np.ndarray, Links]:
     """`(edges that pass messages [2, e], links)` of a file's arrays; ids of edges are those of the graph's stored ones.
 
     They are train_edge_id, val_edge_id and test_edge_id [p], val_neg_dst and test_neg_dst [p, r] (nodes to which the
-    source of the edge has none), and, if other edges than the last two sets' are to pass messages, message_edge_mask.
+    source of the edge has none), and, if other edges than all but the last two sets' (of a graph that is not directed,
+    but those between the same nodes) are to pass messages, message_edge_mask.
 
     A recommender's are test_pos [2, p] (user, item), num_users, and val_pos [2, p] or none: then 5 % of the edges,
     drawn by `seed`, are for validation. The graph's edges go from users 0..num_users-1 to items num_users.., and all
-    but those of validation are learnt and pass messages.
+    but those of validation and test are learnt and pass messages.
     """
     refuse = _refuse(name)
     if "test_pos" in arrays:
@@ -101,8 +109,8 @@ def given_split(
         _check_ids(refuse, key, arrays[key], 1 + key.endswith("dst"), limit)
     message = arrays.get("message_edge_mask")
     if message is None:
-        message = np.ones(edges, bool)
-        message[np.concatenate([arrays["val_edge_id"], arrays["test_edge_id"]])] = False
+        pairs = _numbers(edge_index if directed else np.sort(edge_index, 0), num_nodes)
+        message = ~np.isin(pairs, pairs[np.concatenate([arrays["val_edge_id"], arrays["test_edge_id"]])])
     if message.shape != (edges,) or message.dtype != bool:
         refuse(f"has message_edge_mask {list(message.shape)} {message.dtype}; it must be bool [{edges}]")
     found = {}
@@ -121,13 +129,21 @@ def _recommender(
     refuse: Callable[[str], None], arrays: dict[str, np.ndarray], edge_index: np.ndarray, num_nodes: int, seed: int
 ) -> tuple[np.ndarray, Links]:
     _require(refuse, arrays, ["num_users"])
-    num_users = int(arrays["num_users"])
+    if arrays["num_users"].size != 1 or arrays["num_users"].dtype.kind not in "iu":
+        refuse(f"has num_users {list(arrays['num_users'].shape)}; it must be one number")
+    num_users = int(arrays["num_users"].item())
     given = {"the graph's edges": edge_index, **{key: arrays[key] for key in ("val_pos", "test_pos") if key in arrays}}
     for key, pairs in given.items():
         _check_ids(refuse, key, pairs, 2, num_nodes)
         if len(pairs) != 2 or pairs[0].max() >= num_users or pairs[1].min() < num_users:
             ends = f"users 0..{num_users - 1} to items {num_users}.."
             refuse(f"has {key} {list(pairs.shape)} that are not [2, p] from {ends}")
+    # an interaction counts once
+    edge_index = edge_index[:, np.sort(np.unique(_numbers(edge_index, num_nodes), return_index=True)[1])]
+    held_out = [_numbers(pairs, num_nodes) for key, pairs in given.items() if key.endswith("_pos")]
+    edge_index = edge_index[:, ~np.isin(_numbers(edge_index, num_nodes), np.concatenate(held_out))]
+    if not edge_index.size:
+        refuse("has all of the graph's edges in val_pos and test_pos, so that none is left to learn from")
     val = given.get("val_pos")
     if val is None:
         chosen = np.zeros(edge_index.shape[1], bool)
@@ -136,6 +152,11 @@ def _recommender(
         val, edge_index = edge_index[:, chosen], edge_index[:, ~chosen]
     parts = (torch.from_numpy(part.astype(np.int64)) for part in (edge_index, val, given["test_pos"]))
     return edge_index, Links(*parts, num_users=num_users)
+
+
+def _numbers(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
+    """A number for each pair of nodes [2, p]."""
+    return pairs[0].astype(np.int64) * num_nodes + pairs[1]
 
 
 def _refuse(name: str) -> Callable[[str], None]:

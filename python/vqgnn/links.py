@@ -6,8 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
+from .graph import check_edge_index, check_ids
 from .loader import Batch, BatchLoader
 
 _SCORES = 2**25  # of user-item pairs at a time
@@ -39,11 +40,21 @@ class LinkLoader(BatchLoader):
         prefetch: int = 2,
         device: torch.device | str | None = None,
     ):
+        if isinstance(data, HeteroData):
+            raise ValueError("data is a HeteroData, whose links have two types; LinkLoader takes a Data")
+        check_edge_index("edges", edges)
+        check_ids("edges", edges, data.num_nodes, "data.num_nodes")
+        if edges.size(1) == 0:
+            raise ValueError("edges is [2, 0]; give it the edges to predict")
+        if destinations is not None and (not destinations or destinations.step != 1):
+            raise ValueError(f"destinations={destinations!r} must be a range of nodes, not empty, of step 1")
+        if destinations is not None and not 0 <= destinations.start < destinations.stop <= data.num_nodes:
+            raise ValueError(f"destinations={destinations!r} must be within data's nodes 0..{data.num_nodes - 1}")
         super().__init__(data, batch_size, seed=seed, prefetch=prefetch, device=device)
         self.edges, self.whole, self.destinations = edges, whole, destinations
         batch_size = batch_size or math.ceil(data.num_nodes / 10)
         ends = 4 if destinations is None else 3  # of an edge and its drawn pair
-        self._num_batches = 1 if whole else math.ceil(ends * edges.size(1) / batch_size)
+        self._num_batches = 1 if whole else min(math.ceil(ends * edges.size(1) / batch_size), edges.size(1))
 
     def _draw(self, epoch: int) -> list[Tensor]:
         """Each batch's pairs [2, p] of nodes; the first half are edges."""
@@ -88,9 +99,7 @@ class LinkModel(nn.Module):
 
 
 def hits(positive: Tensor, negative: Tensor, k: int) -> float:
-    """Hits@K as in OGB: the share of positive scores above the k-th highest negative score."""
-    if negative.numel() < k:
-        return 1.0
+    """Hits@K as in OGB: the share of positive scores above the k-th highest negative score; there must be so many."""
     return float((positive > negative.topk(k).values[-1]).float().mean())
 
 
@@ -111,6 +120,7 @@ def recall(z: Tensor, pairs: Tensor, met: Tensor, num_users: int, k: int, device
     """
     device = z.device if device is None else device
     items = z[num_users:].to(device)
+    pairs = pairs.unique(dim=1)  # a pair counts once
     users, count = pairs[0].unique(return_counts=True)
     pairs, met = (edges[:, edges[0].argsort()] for edges in (pairs, met))
     share = 0.0

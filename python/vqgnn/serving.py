@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 from vqgnn_kernels import Rows
 
@@ -65,7 +65,12 @@ def new_nodes(
         ValueError: features or edges that do not fit, or a model without states.
         AttributeError: `forward` takes another tensor of the nodes than x.
     """
-    n, k = data.num_nodes, x.size(0)
+    if isinstance(data, HeteroData):
+        raise ValueError("data is a HeteroData; new nodes are served for a Data")
+    for name, value in (("x", x), ("edge_index", edge_index)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; convert it by torch.as_tensor")
+    n, k = data.num_nodes, x.size(0) if x.dim() else 0
     if x.dim() != 2 or x.size(1) != data.num_features or k == 0 or x.dtype != torch.float32:
         raise ValueError(
             f"x is {list(x.shape)} {x.dtype}; it must be [new nodes, {data.num_features}] float32, as the graph's"

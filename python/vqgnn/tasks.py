@@ -86,6 +86,10 @@ class LinkTask:
                 "recall": "--links of a recommender (test_pos, num_users)",
             }[self.metric]
             raise InputError(f"--metric {self.metric} needs {needed}; these links have {', '.join(self.links.metrics)}")
+        if self.metric == "hits":
+            count = min(self.links.val_negatives.size(1), self.links.test_negatives.size(1))
+            if count < self.k:
+                raise InputError(f"--hits {self.k} needs as many pairs that are no edges; of these there are {count}")
         if self.metric == "recall" and self.head != "dot":
             raise InputError(f"--head {self.head} cannot rank all items for --metric recall; use --head dot")
 
@@ -122,7 +126,8 @@ class LinkTask:
         scores = {}
         for split in ("val", "test"):
             positive, negative = score(getattr(links, split)), score(getattr(links, f"{split}_negatives"))
-            scores[f"{split}_hits"] = hits(positive, negative, self.k)
+            if len(negative) >= self.k:
+                scores[f"{split}_hits"] = hits(positive, negative, self.k)
             if links.own_negatives:
                 scores[f"{split}_mrr"] = mrr(positive, negative.view(len(positive), -1))
         return scores

@@ -350,6 +350,8 @@ class Trainer:
 
     def _fit(self, run: Run) -> dict[str, Any]:
         fingerprint = self.dataset.fingerprint()
+        if self.epoch and not run.metrics():
+            raise InputError(f"{run.path / 'metrics.jsonl'} of the first {self.epoch} epochs is gone; start a new run")
         run.keep_metrics(self.epoch)
         batches = len(self.loader)
         total, done = self.config.epochs * batches, self.epoch * batches
@@ -471,11 +473,18 @@ class Trainer:
         model = self.averaged.module
         if self.config.norms == "exact" or (self.config.norms == "auto" and self.config.model == "hybrid"):
             estimate_norms(model, self.train_data)
-        scores = self.task.scores(model, self.predict(inference), self.data)
+        scores = self.task.scores(model, self._outputs(inference, self.data), self.data)
         if self.val_data is not self.data:
-            held_out = self.task.scores(model, self.predict(inference, data=self.val_data), self.val_data)
+            held_out = self.task.scores(model, self._outputs(inference, self.val_data), self.val_data)
             scores |= {key: value for key, value in held_out.items() if not key.startswith("test_")}
         return scores
+
+    def _outputs(self, inference: str, data: Data) -> Tensor:
+        """Of the averaged weights, for scores; as NaN compares as nothing does, these would say anything."""
+        out = self.predict(inference, data=data)
+        if not all(rows.isfinite().all() for rows in out.split(_ROWS)):
+            raise TrainingError(f"the outputs are not finite after epoch {self.epoch}; try a smaller --lr")
+        return out
 
     def evaluate(self) -> dict[str, float]:
         """Exact scores of the averaged weights; the weights are kept where validation is best."""
