@@ -126,7 +126,7 @@ def test_what_a_folder_cannot_keep_is_named(changes, message, tmp_path):
 
 def test_ends_of_edges_are_checked_as_they_are_written(tmp_path):
     with (
-        pytest.raises(ValueError, match=r"edges have ends 3\.\.40; nodes are 0\.\.39"),
+        pytest.raises(ValueError, match=r"edges have ends 5\.\.40; nodes are 0\.\.39"),
         graph_writer.creating(tmp_path / "graph", 40, False, 0) as writer,
     ):
         writer.edges([(np.array([0, 1]), np.array([2, 3])), (np.array([5, 40]), np.array([3, 4]))], 4)
