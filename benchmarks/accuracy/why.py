@@ -158,7 +158,7 @@ def measure(trainer: Trainer, watches: dict[str, Watch]) -> dict[tuple[int, str]
 
 def train(name: str, dropout: float, epochs: int, every: int, schedule: str) -> list[dict]:
     changes = {**METHODS[name], "dropout": dropout, "epochs": epochs, "schedule": schedule}
-    config = worker.config_of(Run(DATASET, MODEL, "vq-adam", 0, LR, tuple(changes.items() | {("codec", None)})), 1)
+    config = worker.config_of(Run(DATASET, MODEL, "vq-adam", 0, LR, tuple(({"codec": None} | changes).items())), 1)
     trainer = Trainer(config, datasets.of_config(config))
     watches = {name: Watch(store) for name, store in trainer.stores.items()}
     rows = []

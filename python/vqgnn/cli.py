@@ -66,7 +66,7 @@ def train(
     context: typer.Context,
     *,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/GRAPH-MODEL-METHOD]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (CPU: bit for bit).")] = False,
     **options,
 ) -> None:
     """Train a GNN; write config, metrics, curves and a checkpoint to a run folder."""

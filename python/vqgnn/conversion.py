@@ -61,7 +61,7 @@ def convert(
 ) -> nn.Module:
     """Swap the convs of a PyG model, in place, for ones that read a node-state store; the weights stay.
 
-    What is stored of a node is its row as it was before the `nn.Dropout` that a conv's input comes from.
+    What is stored of a node is its row as it was before the dropout that a conv's input comes from.
 
     Args:
         model: any module whose message passing is done by PyG's convs. GCNConv, SAGEConv (mean, sum), GINConv, GATConv,
@@ -76,8 +76,9 @@ def convert(
         codec: how states are kept: "fp32", "fp16", "int8", "int4" or "pq:d=4,k=256" (see `Codec`). Default: the
             method's.
         input: how the first conv reads the given features: "precompute" C X once, exact "rows" of the halo, "codes" as
-            in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between or the
-            conv is an attention. Of a HeteroData, "auto" is rows: C X is a table for every edge type.
+            in the paper, or "auto": C X where the conv gets `batch.x` itself, rows where dropout comes between (in
+            training; `vqgnn.paths` shows C X) or the conv is an attention. Of a HeteroData, "auto" is rows: C X is a
+            table for every edge type.
         grad: whether gradients of out-of-batch nodes are kept and compensated (eq. 7). Default: the method's for fixed
             convolutions, for inputs of a fused attention and wherever messages are summed; not for projected states of
             an attention, where the weights of out-of-batch messages follow a softmax that has gone stale, and training

@@ -97,8 +97,8 @@ class Codec:
     """How a node's state is kept: rows ("fp32", "fp16", "int8", "int4") or product-VQ codes ("pq:d=4,k=256").
 
     grad_dim: "e=" of product VQ, coordinates of the gradient a branch (see `Codebook`); e = d: the channels themselves.
-    None: a quarter of d; for an attention's gradients that the kernels read, by channel, d. Of pending gradients: see
-    `pending_rank`.
+    None: a quarter of d, rounded up; for an attention's gradients that the kernels read, by channel, d. Of pending
+    gradients: see `pending_rank`.
     """
 
     name: str
@@ -448,7 +448,7 @@ class NodeStore(nn.Module):
     def begin(self, epoch: int | None) -> None:
         """Say which epoch the next `leave` and `collect` are of: with another one than before, that one is over.
 
-        None is not known: then nothing is handed out. A node that an epoch was broken off before, or that has no batch
+        None is not known: the epoch before goes on. A node that an epoch was broken off before, or that has no batch
         in it, does not get what was left for it in the epoch before.
         """
         if epoch is not None and epoch != self._epoch:
