@@ -320,7 +320,7 @@ class CorrectAndSmooth(_Rows):
     def build(self) -> nn.Module:
         config = self.config
         channels = [self.data.num_features] + [config.hidden] * (config.layers - 1) + [self.task.out_channels]
-        return models.MLP(channels, norm="batch_norm", dropout=config.dropout)
+        return models.MLP(channels, **model_options(config))
 
     def features(self) -> Tensor:
         self.matrix = _symmetric(self.data)

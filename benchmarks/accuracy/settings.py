@@ -118,6 +118,9 @@ METHODS = {
     "gas-rmsprop": _ours("GAS, fp32 rows, clusters, RMSprop", "gas", "cluster", optimizer="rmsprop"),
     # without stored gradients, which attention has none of, it would be GAS
     "lmc": _ours("LMC, fp32 rows, clusters", "lmc", "cluster", models=("gcn", "sage")),
+    "lmc-rmsprop": _ours(
+        "LMC, fp32 rows, clusters, RMSprop", "lmc", "cluster", optimizer="rmsprop", models=("gcn", "sage")
+    ),
     # Ding et al., appendix F: RMSprop with 3e-3, codes of the features too (K = 256, of which they say that it works as
     # well as their 1024: here that is more than a small set's batch has nodes); the last iterate, and inference
     # in mini-batches with the codes of training
@@ -135,10 +138,11 @@ METHODS = {
     "drop-cluster": _ours("no halo, exact input layer, clusters", "drop", "cluster"),
     "cluster-gcn": Method("Cluster-GCN (PyG)", trainer=False),
     "saint-rw": Method("GraphSAINT-RW (PyG)", trainer=False),
-    "saint-rw-plain": Method("GraphSAINT-RW (PyG), not normalised", trainer=False, models=("sage",)),
+    "saint-rw-plain": Method("GraphSAINT-RW (PyG), not normalised", trainer=False, models=("gcn", "sage")),
     "ns-sage": Method("NS-SAGE [20,10,5] (PyG)", trainer=False, models=("sage",), epochs=0.25),
     "mlp": Method("MLP", (("model", "mlp"), ("sampler", "node")), shared=True),
-    "sgc": Method("SGC", trainer=False, shared=True, epochs=None),
+    # one linear map: with the others' step sizes it is far from its end
+    "sgc": Method("SGC", trainer=False, shared=True, epochs=None, step_sizes=(0.01, 0.1, 0.3)),
     "sign": Method("SIGN", trainer=False, shared=True),
     "lp": Method("label propagation", trainer=False, shared=True, epochs=0.0),
     "c&s": Method("MLP + Correct & Smooth", trainer=False, shared=True),
@@ -327,6 +331,15 @@ TIMED = {
             ("vq, no gradients, K = 64", "vq-forward", (("codec", "pq:d=4,k=64"),)),
             ("vq, no gradients, Adam", "vq-adam", (("grad", "off"),)),
             ("int4 rows", "vq-adam", (("codec", "int4"), ("method", "gas"))),
+        )
+    },
+    **{
+        f"{what}, 20 batches an epoch, {epochs} epochs": (method, 0.01, (("batches", 20), ("epochs", epochs)))
+        for epochs in (15, 10)
+        for what, method in (
+            ("GraphSAINT-RW (PyG), not normalised", "saint-rw-plain"),
+            ("Cluster-GCN (PyG)", "cluster-gcn"),
+            ("GAS", "gas"),
         )
     },
 }  # fmt: skip
