@@ -177,7 +177,7 @@ def test_batches_are_built_ahead_but_not_far(load):
     assert not loader_threads()
 
 
-@pytest.mark.parametrize("thread", ["none", "one", "daemon"])
+@pytest.mark.parametrize("thread", ["none", "daemon"])
 def test_the_interpreter_may_end_with_a_pass_under_way(thread):
     program = f"""if True:
         import threading, torch, vqgnn
