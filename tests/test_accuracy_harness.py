@@ -129,11 +129,11 @@ def test_peers_learn(harness, method, model):
     shared = what.shared
     if (shared and model != "gcn") or model not in what.models:
         pytest.skip("not run with this model")
-    run = settings.Run(
-        "tiny", "" if shared else model, method, 0, 0.03, (("epochs", 60), ("hidden", 16), ("batches", 3))
-    )
+    epochs = 120 if method == "saint-rw-plain" else 60  # a node's degree is another in each of its subgraphs
+    changes = (("epochs", epochs), ("hidden", 16), ("batches", 3))
+    run = settings.Run("tiny", "" if shared else model, method, 0, 0.03, changes)
     row, _ = worker.execute(run)
-    assert row["test"] > 0.5, "a third is chance"
+    assert row["test"] > 0.55, "a third is chance"
 
 
 @pytest.mark.parametrize("model", ["gcn", "sage"])

@@ -149,7 +149,7 @@ def test_implementation_is_the_modules_own(monkeypatch):
     assert _backend.implementation("vqgnn_kernels.csr_slice", CPU).__name__ == "vqgnn_kernels.csr_slice.reference"
 
 
-@pytest.mark.skipif(_backend._C is None, reason="needs the extension")
+@pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 def test_number_of_threads_stays():
     """Also in a thread that has not used torch before."""
     numbers, before = [], torch.get_num_threads()

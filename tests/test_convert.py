@@ -6,7 +6,6 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
-from torch_geometric.nn import GraphConv
 from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
@@ -278,7 +277,7 @@ class GraphConvs(BasicGNN):
     supports_edge_weight, supports_edge_attr, supports_norm_batch = True, False, False
 
     def init_conv(self, in_channels, out_channels, **kwargs):
-        return GraphConv(in_channels, out_channels)
+        return pyg.GraphConv(in_channels, out_channels)
 
 
 @pytest.mark.parametrize("build", [GCN, GAT, GraphConvs])

@@ -214,6 +214,7 @@ def test_hits_against_hand_counts():
     negative = torch.tensor([0.1, 0.9, 0.5, 0.3])
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 1) == 0.25  # above 0.9; a tie is no hit
     assert hits(torch.tensor([0.95, 0.6, 0.4, 0.9]), negative, 2) == 0.75
+    assert hits(torch.tensor([0.0]), negative, 5) == 1.0
 
 
 def test_mrr_against_hand_counts():

@@ -192,7 +192,7 @@ def test_the_interpreter_may_end_with_a_pass_under_way(thread):
         if "{thread}" == "none":
             use()
         else:
-            user = threading.Thread(target=use, daemon="{thread}" == "daemon")
+            user = threading.Thread(target=use, daemon=True)
             user.start()
             user.join()
     """

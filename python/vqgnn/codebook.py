@@ -179,8 +179,9 @@ class Codebook(nn.Module):
                 gradients.zero_()
                 self.grad_seen = True
         self.mean.mul_(beta).add_((1 - beta) * mean)
-        self.var.mul_(beta).add_((1 - beta) * var)
-        if not self.whiten:
+        if self.whiten:
+            self.var.mul_(beta).add_((1 - beta) * var)
+        else:
             self.var.fill_(1.0)
 
     def _rstd(self) -> Tensor:
