@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy"
 
@@ -121,7 +122,9 @@ def peers_of(worker):
 
 
 @pytest.mark.parametrize("model", ["gcn", "sage", "gat"])
-@pytest.mark.parametrize("method", ["cluster-gcn", "saint-rw", "saint-rw-plain", "ns-sage", "sgc", "sign", "lp", "c&s"])
+@pytest.mark.parametrize(
+    "method", ["cluster-gcn", "lmc-mixed", "saint-rw", "saint-rw-plain", "ns-sage", "sgc", "sign", "lp", "c&s"]
+)
 def test_peers_learn(harness, method, model):
     settings, _, worker = harness
     peers_of(worker)
@@ -158,6 +161,58 @@ def test_graphsaint_is_unbiased(harness, model):
     assert (mean - expected).norm() < 0.1 * expected.norm()
     assert math.isclose(float(weight[train].sum() / 1600), 1, rel_tol=0.05)
     assert float(weight[~train].abs().max()) == 0
+
+
+def lmc_gradients(harness, model, graph_of=lambda data: data, exact=False, **changes):
+    """(full batch's gradient, the sum of LMC's over an epoch's batches), with histories of zeros or the true rows."""
+    settings, _, worker = harness
+    peers = peers_of(worker)
+    fixed = {"dropout": 0.0, "norm": "none", "hidden": 8, **changes}
+    config = worker.config_of(settings.Run("tiny", model, "lmc-mixed", 0, 0.01, tuple(fixed.items())), 1)
+    dataset = worker.datasets.of_config(config)
+    graph_of(dataset.data)
+    peer = peers.LMC(config, dataset, batches=3)
+    gnn, data = peer.model.double(), peer.data
+    data.x, peer.graph = data.x.double(), peer.graph.set_value(peer.graph.storage.value().double(), "coo")
+    peer.states, peer.gradients = [r.double() for r in peer.states], [r.double() for r in peer.gradients]
+    kept = []
+    x = data.x
+    for layer, conv in enumerate(gnn.convs):
+        x = conv(x, peer.graph)
+        x.retain_grad()
+        kept.append(x)
+        x = gnn.act(x) if layer < len(gnn.convs) - 1 else x
+    mask = data.train_mask
+    F.cross_entropy(x[mask], data.y[mask]).backward()
+    expected = [p.grad.clone() for p in gnn.parameters()]
+    gnn.zero_grad()
+    if exact:
+        peer.states = [row.detach().clone() for row in kept]
+        peer.gradients = [row.grad * peer.batches for row in kept[:-1]]
+        peer.score = torch.zeros_like
+    for loss_of in peer.steps():
+        loss_of(gnn).backward()
+    return expected, [p.grad / peer.batches for p in gnn.parameters()]
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_lmc_is_exact_with_true_histories(harness, model):
+    """What a batch's gradient lacks is in the histories alone: the sum over batches is full batch's."""
+    for expected, found in zip(*lmc_gradients(harness, model, exact=True), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("model", ["gcn", "sage"])
+def test_lmc_needs_no_histories_where_a_halo_is_whole(harness, model):
+    """A batch that has all of its halo's neighbours computes it: histories of zeros are not read."""
+
+    def complete(data):
+        nodes = torch.arange(data.num_nodes)
+        pairs = torch.cartesian_prod(nodes, nodes).T
+        data.edge_index = pairs[:, pairs[0] != pairs[1]]
+
+    for expected, found in zip(*lmc_gradients(harness, model, complete), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_clusters_cover_the_graph(harness):

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch_geometric.data import Data
 from torch_geometric.loader import ClusterData, ClusterLoader, GraphSAINTRandomWalkSampler, NeighborLoader
-from torch_geometric.nn import GraphConv, models
+from torch_geometric.nn import BatchNorm, GraphConv, models
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree
 
@@ -74,6 +75,10 @@ class Peer:
 
     def logits(self, model: nn.Module) -> Tensor:
         return model(self.data.x, self.graph)
+
+    def state_bytes(self) -> int:
+        """What is kept of nodes between batches."""
+        return 0
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -148,32 +153,8 @@ class WeightedSAGE(models.GraphSAGE):
         return GraphConv(in_channels, out_channels, aggr="add", **kwargs)
 
 
-class GraphSAINT(Peer):
-    """Zeng et al.: subgraphs of random walks; messages and losses divided by the chance that they are sampled.
-
-    A GAT's softmax takes no such weights: its loss alone is normalised.
-    """
-
-    def __init__(self, config: Config, dataset: Dataset, batches: int):
-        super().__init__(config, dataset, batches)
-        n, e = self.data.num_nodes, self.data.num_edges
-        data = Data(
-            x=self.data.x, y=self.data.y, train_mask=self.data.train_mask, edge_index=self.data.edge_index,
-            n_id=torch.arange(n), e_id=torch.arange(e),
-        )  # fmt: skip
-        roots = math.ceil(n / (batches * (1 + WALK_LENGTH)))
-        self.loader = GraphSAINTRandomWalkSampler(data, roots, WALK_LENGTH, num_steps=batches, log=False)
-        node_count, edge_count = torch.zeros(n), torch.zeros(e)
-        for _ in range(PRESAMPLED):
-            for batch in self.loader:
-                node_count[batch.n_id] += 1
-                edge_count[batch.e_id] += 1
-        # PyG's own normalisation divides by the chance of an edge given its source, which is not that given its target,
-        # and weighs an edge that was never met by 10,000; here it counts as met once.
-        target = self.data.edge_index[1]
-        self.weight = self._weights() * node_count[target].clamp(min=1) / edge_count.clamp(min=1)
-        chance = node_count.clamp(min=1) / (PRESAMPLED * batches)
-        self.loss_weight = self.data.train_mask / chance / int(self.data.train_mask.sum())
+class _Weighted(Peer):
+    """A peer whose batches need the weights that edges have in the whole graph: GCN's, or 1 / degree for SAGE's mean."""
 
     def build(self) -> nn.Module:
         self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
@@ -208,6 +189,34 @@ class GraphSAINT(Peer):
             weight = torch.cat([weight, 1 / (degrees + 1)])
         return sparse(edge_index, n, weight)
 
+
+class GraphSAINT(_Weighted):
+    """Zeng et al.: subgraphs of random walks; messages and losses divided by the chance that they are sampled.
+
+    A GAT's softmax takes no such weights: its loss alone is normalised.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        n, e = self.data.num_nodes, self.data.num_edges
+        data = Data(
+            x=self.data.x, y=self.data.y, train_mask=self.data.train_mask, edge_index=self.data.edge_index,
+            n_id=torch.arange(n), e_id=torch.arange(e),
+        )  # fmt: skip
+        roots = math.ceil(n / (batches * (1 + WALK_LENGTH)))
+        self.loader = GraphSAINTRandomWalkSampler(data, roots, WALK_LENGTH, num_steps=batches, log=False)
+        node_count, edge_count = torch.zeros(n), torch.zeros(e)
+        for _ in range(PRESAMPLED):
+            for batch in self.loader:
+                node_count[batch.n_id] += 1
+                edge_count[batch.e_id] += 1
+        # PyG's own normalisation divides by the chance of an edge given its source, which is not that given its target,
+        # and weighs an edge that was never met by 10,000; here it counts as met once.
+        target = self.data.edge_index[1]
+        self.weight = self._weights() * node_count[target].clamp(min=1) / edge_count.clamp(min=1)
+        chance = node_count.clamp(min=1) / (PRESAMPLED * batches)
+        self.loss_weight = self.data.train_mask / chance / int(self.data.train_mask.sum())
+
     def batches_of(self) -> Iterator[tuple[Data, object, Tensor]]:
         """(subgraph, its normalised matrix, weights [b] of its nodes' losses)."""
         for batch in self.loader:
@@ -217,6 +226,88 @@ class GraphSAINT(Peer):
     def steps(self) -> Iterator[Step]:
         for batch, graph, weight in self.batches_of():
             yield lambda model, b=batch, g=graph, w=weight: _loss_sum(b, model(b.x, g), w)
+
+
+class LMC(_Weighted):
+    """Shi et al., algorithm 1: a batch computes its halo too, from those neighbours that it has.
+
+    What such a halo row lacks is made up by its history, of its states and of the loss's gradients by them: both are
+    (1 - beta) history + beta (what the batch computed), where beta is the share of a node's edges that the batch has
+    (their code's default score, times their beta of 1). The rows of the halo give the weights no gradient.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, batches: int):
+        super().__init__(config, dataset, batches)
+        n, hidden = self.data.num_nodes, [config.hidden] * (config.layers - 1)
+        self.parts = partition(self.data.edge_index, n, batches * PARTS_A_BATCH)
+        self.states = [torch.zeros(n, width) for width in [*hidden, self.task.out_channels]]
+        self.gradients = [torch.zeros(n, width) for width in hidden]
+        self.num_train = int(self.data.train_mask.sum())
+
+    def state_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self.states + self.gradients)
+
+    def score(self, share: Tensor) -> Tensor:
+        """[h] beta of halo nodes, of whose edges the batch has this share."""
+        return share
+
+    def steps(self) -> Iterator[Step]:
+        parts = [self.parts[i] for i in torch.randperm(len(self.parts))]
+        for start in range(0, len(parts), PARTS_A_BATCH):
+            nodes = torch.cat(parts[start : start + PARTS_A_BATCH])
+            yield lambda model, nodes=nodes: self.loss(model, nodes)
+
+    def loss(self, model: nn.Module, nodes: Tensor) -> Tensor:
+        """The loss whose gradient is an estimate of the whole graph's."""
+        count, own = nodes.numel(), torch.zeros(self.data.num_nodes, dtype=torch.bool)
+        own[nodes] = True
+        halo = self.graph[nodes].storage.col().unique()
+        nodes = torch.cat([nodes, halo[~own[halo]]])
+        target, source, weight = self.graph[nodes][:, nodes].coo()
+        inner = target < count
+        graphs = [
+            sparse(torch.stack([source[rows], target[rows]]), nodes.numel(), weight[rows]) for rows in (inner, ~inner)
+        ]
+        found = degree(target, nodes.numel())[count:]
+        known = self.graph.storage.rowcount()[nodes[count:]]
+        beta = self.score(found / known)[:, None]
+
+        x = self.data.x[nodes]
+        for layer, (conv, norm) in enumerate(zip(model.convs, model.norms, strict=True)):
+            frozen = {name: value.detach() for name, value in conv.named_parameters()}
+            x = [conv(x, graphs[0])[:count], functional_call(conv, frozen, (x, graphs[1]))[count:]]
+            last = layer == len(model.convs) - 1
+            if not last:
+                x = [norm(x[0]), _frozen_norm(norm, x[1])]
+            x = _mixed(*x, beta, nodes, self.states[layer], None if last else self.gradients[layer])
+            if not last:
+                x = model.dropout(model.act(x))
+        train = self.data.train_mask[nodes]
+        losses = F.cross_entropy(x[train], self.data.y[nodes[train]], reduction="sum")
+        return losses * (self.batches / self.num_train)
+
+
+def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """BatchNorm by the rows' own statistics, which are not kept; its weights get no gradient."""
+    if not isinstance(norm, BatchNorm):
+        return norm(x)
+    of = norm.module
+    return F.batch_norm(x, None, None, of.weight.detach(), of.bias.detach(), training=True, eps=of.eps)
+
+
+def _mixed(own: Tensor, halo: Tensor, beta: Tensor, nodes: Tensor, states: Tensor, gradients: Tensor | None) -> Tensor:
+    """[b + h, f] states of a batch and its halo; those of the batch, and their gradients by and by, become history."""
+    count = own.shape[0]
+    x = torch.cat([own, halo + (1 - beta) * (states[nodes[count:]] - halo.detach())])
+    states[nodes[:count]] = own.detach()
+    if gradients is not None and x.requires_grad:
+
+        def compensate(found: Tensor) -> Tensor:
+            gradients[nodes[:count]] = found[:count]
+            return torch.cat([found[:count], (1 - beta) * gradients[nodes[count:]] + beta * found[count:]])
+
+        x.register_hook(compensate)
+    return x
 
 
 class PlainGraphSAINT(Peer):
@@ -359,15 +450,19 @@ def _runner(kind: type[Peer]) -> Callable[[Config, Dataset, int], tuple[list[dic
     def run(config: Config, dataset: Dataset, batches: int) -> tuple[list[dict], dict]:
         memory.reset_peak()
         before = memory.resident()
-        metrics = kind(config, dataset, batches).fit()
+        peer = kind(config, dataset, batches)
+        metrics = peer.fit()
         above = None if before is None else max(0, memory.peak() - before)
-        return metrics, {"peak_mb": "" if above is None else round(above / 1e6), "state_bytes": 0, "dense_bytes": 0}
+        state = peer.state_bytes()  # of LMC alone, in fp32
+        peak = "" if above is None else round(above / 1e6)
+        return metrics, {"peak_mb": peak, "state_bytes": state, "dense_bytes": state}
 
     return run
 
 
 PEERS = {
     "cluster-gcn": _runner(ClusterGCN),
+    "lmc-mixed": _runner(LMC),
     "saint-rw": _runner(GraphSAINT),
     "saint-rw-plain": _runner(PlainGraphSAINT),
     "ns-sage": _runner(NeighbourSampling),

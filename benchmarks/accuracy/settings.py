@@ -121,6 +121,7 @@ METHODS = {
     "lmc-rmsprop": _ours(
         "LMC, fp32 rows, clusters, RMSprop", "lmc", "cluster", optimizer="rmsprop", models=("gcn", "sage")
     ),
+    "lmc-mixed": Method("LMC, halo mixed (PyG)", trainer=False, models=("gcn", "sage")),
     # Ding et al., appendix F: RMSprop with 3e-3, codes of the features too (K = 256, of which they say that it works as
     # well as their 1024: here that is more than a small set's batch has nodes); the last iterate, and inference
     # in mini-batches with the codes of training
