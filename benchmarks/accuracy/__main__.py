@@ -29,7 +29,8 @@ import results
 from settings import ABLATIONS, METHODS, MODELS, SETTINGS, TIMED, Cell, Run, ablation, cells, timed, trials
 
 TABLES = ("main", "timed", "ablations")
-_SLOW = {"ns-sage": 8.0, "lmc": 1.5, "lmc-mixed": 4.0, "saint-rw": 1.5, "vq-paper": 2.0}  # guess: times the setting's seconds
+# The guess, times the setting's seconds.
+_SLOW = {"ns-sage": 8.0, "lmc": 1.5, "lmc-mixed": 4.0, "saint-rw": 1.5, "vq-paper": 2.0}
 
 
 def wanted(table: list[Cell], seed: int, rows: results.Rows) -> list[Run]:

@@ -154,7 +154,7 @@ class WeightedSAGE(models.GraphSAGE):
 
 
 class _Weighted(Peer):
-    """A peer whose batches need the weights that edges have in the whole graph: GCN's, or 1 / degree for SAGE's mean."""
+    """A peer whose batches need an edge's weight in the whole graph: GCN's, or 1 / degree for SAGE's mean."""
 
     def build(self) -> nn.Module:
         self.degree = degree(self.data.edge_index[1], self.data.num_nodes)
