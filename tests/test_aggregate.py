@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
+from marks import needs_cpp
 
-from vqgnn_kernels import CSR, Rows, _backend, aggregate, push_rows
+from vqgnn_kernels import CSR, Rows, aggregate, push_rows
 from vqgnn_kernels.aggregate import _flat
 from vqgnn_kernels.aggregate import reference as truth
 from vqgnn_kernels.store_io import reference as store
 
 CODECS = ["none", "fp32", "fp16", "int8", "int4", "pq8", "pq16"]
-needs_cpp = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 
 
 def random_csr(num_rows, b, num_halo, *, num_edges=None, weighted=True, table_rows=None):

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from marks import needs_cpp
 from test_aggregate import random_csr, random_rows
 
-from vqgnn_kernels import CSR, Rows, _backend
+from vqgnn_kernels import CSR, Rows
 from vqgnn_kernels.attention_aggregate import _flat, attention_aggregate, code_scores, row_scores
 from vqgnn_kernels.attention_aggregate import reference as truth
 from vqgnn_kernels.store_io.reference import pull_rows
@@ -15,7 +16,6 @@ MODES = ["additive", "dot", "gatv2"]
 CODECS = ["none", "fp32", "fp16", "int8", "int4", "pq8", "pq16"]
 LEAVES = ("x", "query", "key", "attention", "edge_matrix")
 EDGE_MODES = ["additive", "gatv2"]
-needs_cpp = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 shapes = pytest.mark.parametrize("split", [True, False], ids=["split", "shared"])
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import needs_cpp
 
 from vqgnn_kernels import _backend, csr_slice
 
@@ -149,7 +150,7 @@ def test_implementation_is_the_modules_own(monkeypatch):
     assert _backend.implementation("vqgnn_kernels.csr_slice", CPU).__name__ == "vqgnn_kernels.csr_slice.reference"
 
 
-@pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
+@needs_cpp
 def test_number_of_threads_stays():
     """Also in a thread that has not used torch before."""
     numbers, before = [], torch.get_num_threads()

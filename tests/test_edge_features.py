@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
+from marks import needs_cpp
 from test_host_state import moved
 from test_store import assert_same, stored
 from torch_geometric.nn.models import GAT
@@ -15,7 +16,6 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 import vqgnn
 from vqgnn.graph import Graph
 from vqgnn.inference import layerwise
-from vqgnn_kernels import _backend
 
 N, D = 40, 5
 CONVS = {
@@ -189,7 +189,7 @@ def test_dropped_messages_leave_the_loops_features_the_whole_graphs(v2):
     close(conv(batch.x, batch.graph), expected)
 
 
-@pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("input", ["auto", "codes"])
 @both
 def test_training_is_the_same_wherever_state_and_graph_lie(v2, input, tmp_path):

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
+from marks import needs_cpp
 
 from vqgnn_kernels import _backend, global_attention
 from vqgnn_kernels.global_attention import reference as truth
 
-needs_cpp = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

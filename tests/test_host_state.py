@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import random_graph
+from marks import needs_cpp
 from test_invariants import CLASSES, build
 from test_store import assert_same, stored
 
@@ -14,9 +15,8 @@ from vqgnn import NodeStore
 from vqgnn.graph import MovedBatch
 from vqgnn.loader import Batch
 from vqgnn.transfer import TransferEngine
-from vqgnn_kernels import _backend
 
-pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
+pytestmark = needs_cpp
 N, DIM = 30, 6
 CODECS = ["fp32", "fp16", "int8", "int4", "pq:d=4,k=8", "pq:d=4,k=300"]
 

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+from marks import needs_cpp
 
-from vqgnn_kernels import Rows, _backend, pull_rows, push_rows
+from vqgnn_kernels import Rows, pull_rows, push_rows
 from vqgnn_kernels.store_io import reference as truth
 
 LEVELS = {"int8": 255, "int4": 15}
-needs_cpp = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
 
 
 def empty_table(codec, num_rows, f):

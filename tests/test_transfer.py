@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import needs_cpp
 
 import vqgnn_kernels as kernels
 from vqgnn.transfer import TransferEngine
 from vqgnn_kernels import _backend
 
-pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native extension is not built")
+pytestmark = needs_cpp
 
 ROOT = Path(__file__).resolve().parents[1]
 # The names of csrc/transfer/engine.h's enum, in its order: the numbers that skip_wait takes, from 0.
