@@ -168,7 +168,7 @@ def test_prefetching_changes_nothing(load, data, sampler):
 def test_batches_are_built_ahead_but_not_far(load):
     loader = load(batch_size=1, prefetch=2)
     built, build = [], loader._build
-    loader._build = lambda n_id: built.append(n_id) or build(n_id)
+    loader._build = lambda n_id, **options: built.append(n_id) or build(n_id, **options)
     batches = iter(loader)
     next(batches)
     threading.Event().wait(0.3)
@@ -229,10 +229,10 @@ def test_errors_of_the_thread_reach_the_caller(load, prefetch):
     build = loader._build
     calls = itertools.count()
 
-    def fail(n_id):
+    def fail(n_id, **options):
         if next(calls) == 2:
             raise OSError("disk gone")
-        return build(n_id)
+        return build(n_id, **options)
 
     loader._build = fail
     seen = []

@@ -104,6 +104,9 @@ class Config:
     )
     dropout: float = option(0.3, "Dropout after every hidden layer.", 0, 1)
     attention_dropout: float = option(0.0, "Dropout of attention weights; states that carry it train badly.", 0, 1)
+    edge_dropout: float = option(
+        0.0, "Share of a training batch's edges that are dropped, others in every epoch.", 0, 1
+    )
     optimizer: Literal["rmsprop", "adam"] = option("rmsprop", "Optimizer; RMSprop is VQ-GNN's choice, too.")
     lr: float | None = option(None, "The optimizer's step size. [default: 0.01; models with attention: 0.003]", 0)
     schedule: Literal["cosine", "constant"] = option("cosine", "Course of the step size after the warm-up.")
@@ -135,7 +138,7 @@ class Config:
             fits = value is None or ((low is None or value >= low) and (high is None or value <= high))
             if not fits:
                 raise InputError(f"{name} {value} is not allowed; it must be {_range(low, high)}")
-        for name in ("dropout", "attention_dropout"):
+        for name in ("dropout", "attention_dropout", "edge_dropout"):
             if getattr(self, name) == 1:
                 raise InputError(f"{option_name(name)} 1.0 would drop everything; it must be below 1")
         attention = self.model in ATTENTIONS
@@ -151,6 +154,8 @@ class Config:
             raise InputError(
                 f"--attention-dropout {self.attention_dropout} is for --model {', '.join(ATTENTIONS)}; leave it out"
             )
+        if self.edge_dropout and self.model in ("mlp", "cheb"):
+            raise InputError(f"--edge-dropout {self.edge_dropout} is not for --model {self.model}; leave it out")
         self._check_features()
         num_parts, _ = self.parts_pair()
         if num_parts is not None:

@@ -19,6 +19,7 @@ import vqgnn_kernels as kernels
 from vqgnn_kernels import CSR, Rows
 
 from .disk_graph import MappedData
+from .edge_dropout import EdgeDropout
 from .store import Neighbours, NodeStore
 from .transfer import Ticket
 
@@ -405,7 +406,7 @@ def not_an_edge_index(used: str) -> EdgeIndexError:
         f"the model's forward uses {used} of its edge_index, but a mini-batch brings a BatchGraph, which convs alone "
         "read; move what it does to edges into a transform of the data, once and before vqgnn.convert: "
         "data = torch_geometric.transforms.AddSelfLoops()(data), ToUndirected, RemoveDuplicatedEdges, GCNNorm, ...; "
-        "in place of edges dropped at random (dropout_edge), drop features"
+        "for edges dropped at random (dropout_edge), give BatchLoader edge_dropout"
     )
 
 
@@ -433,7 +434,7 @@ class BatchGraph:
 
     n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
     answers for every conv instead of the training store. epoch [] is the number of the loader's pass, on the host; no
-    other pass has it.
+    other pass has it. edge_dropout: what drops some of its edges; None: all stay.
     """
 
     graph: Graph
@@ -441,6 +442,7 @@ class BatchGraph:
     x: Tensor
     run: object | None = None
     epoch: Tensor | None = None
+    edge_dropout: EdgeDropout | None = None
     started: bool = False  # see `start`
     _made: dict[tuple, Any] = field(default_factory=dict, repr=False)
     _started: dict[NodeStore, dict[str, Ticket]] = field(default_factory=dict, repr=False)
@@ -467,6 +469,10 @@ class BatchGraph:
         Of an attention with edge features their weights are these, [e, edge_dim].
         """
         return self._once("csr", convolution)
+
+    def slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        """`csr` before edges are dropped."""
+        return self._once("slices", convolution)
 
     def halo_transpose(self, convolution: Convolution) -> CSR:
         """[b + h, b]: of the batch's rows of C, by which the halo's rows are given gradients as its own are."""
@@ -508,6 +514,21 @@ class BatchGraph:
         return self._made[name, convolution]
 
     def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        csr, csr_t = self.slices(convolution)
+        if self.edge_dropout is None:
+            return csr, csr_t
+        self._require_droppable(convolution)
+        rows, scaled = self.edge_dropout.rows, convolution.kind != "attention"
+        return rows(csr, self.n_id, scaled), rows(csr_t, self.n_id, scaled, transposed=True)
+
+    def _require_droppable(self, convolution: Convolution) -> None:
+        if self.edge_dropout is not None and convolution.kind == "cheb":
+            raise ValueError(
+                f"edge_dropout={self.edge_dropout.share} is not for ChebConv, whose polynomials need the "
+                "whole Laplacian; give BatchLoader no edge_dropout"
+            )
+
+    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
         forward, transposed = self._sliced(convolution)
         features = self.graph.edge_features(convolution)
         if features is None:
@@ -557,6 +578,7 @@ class BatchGraph:
         return product if self.whole else product[self.n_id]
 
     def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        self._require_droppable(convolution)
         terms = self.graph.terms(convolution)
         return tuple(terms if self.whole else (term[self.n_id] for term in terms))
 
@@ -568,8 +590,11 @@ class BatchGraph:
         """The edges into the batch, `others` being its halo; with valued, their ids too."""
         key = ("edges", convolution, valued)
         if key not in self._made:
-            csr = self.csr(convolution)[0]
+            csr = self.slices(convolution)[0]
             edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
+            if self.edge_dropout is not None:
+                source = torch.cat([self.n_id, csr.halo])[edges[0]]
+                edges = edges[:, self.edge_dropout.keeps(source, self.n_id[edges[1]])]
             order = self.graph.order(convolution) if valued else None
             self._made[key] = BatchEdges(edges[:2], csr.halo, None if order is None else order[edges[2]])
         return self._made[key]
@@ -580,11 +605,12 @@ class BatchGraph:
     def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
         """The out-of-batch nodes [d] that the batch sends to, and the edges into them.
 
-        From the batch alone, which then stands behind them as `others`, or with all_sources from every node.
+        From the batch alone, which then stands behind them as `others`, or with all_sources from every node. None of
+        these edges is dropped: by them come kept gradients.
         """
         key = ("edges_out", convolution, all_sources, valued)
         if key not in self._made:
-            matrix, csr = self.graph.matrix(convolution), self.csr(convolution)[1]
+            matrix, csr = self.graph.matrix(convolution), self.slices(convolution)[1]
             targets = csr.halo
             if all_sources:
                 rowptr, col, others = kernels.csr_slice(matrix.rowptr, matrix.col, targets)
@@ -643,7 +669,8 @@ class MovedBatch(BatchGraph):
 
     def __init__(self, origin: BatchGraph, move: Callable[[Tensor], Tensor]):
         self._origin, self._copy, self._copies = origin, move, {}
-        super().__init__(origin.graph, self._moved(origin.n_id), self._moved(origin.x), origin.run, origin.epoch)
+        moved = self._moved(origin.n_id), self._moved(origin.x)
+        super().__init__(origin.graph, *moved, origin.run, origin.epoch, origin.edge_dropout)
 
     @property
     def origin(self) -> BatchGraph:
@@ -664,7 +691,12 @@ class MovedBatch(BatchGraph):
         return tuple(map(self._moved, value)) if isinstance(value, tuple) else value
 
     def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        csrs = self._origin.csr(convolution)
+        return self._moved_slices(self._origin.csr(convolution))
+
+    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        return self._moved_slices(self._origin.slices(convolution))
+
+    def _moved_slices(self, csrs: tuple[CSR, CSR]) -> tuple[CSR, CSR]:
         if not self.graph.halo_wanted:  # the stores bring its rows
             csrs = tuple(csr._replace(halo=None) for csr in csrs)
         return self._moved(csrs)

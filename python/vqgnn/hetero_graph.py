@@ -115,9 +115,9 @@ class BatchRelation(BatchGraph):
     def __repr__(self) -> str:
         return f"BatchRelation(sources={self.source_id.numel()}, targets={self.n_id.numel()})"
 
-    def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
         if self.whole:
-            return super()._make_csr(convolution)
+            return super()._make_slices(convolution)
         m, (rowptr, rowptr_t) = self.graph.matrix(convolution), self.graph.padded(convolution)
         return (
             _slice(rowptr, self.graph.num_sources, m.col, m.weight, self.n_id, self.source_id),

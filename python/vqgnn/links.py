@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data, HeteroData
 
+from .edge_dropout import EdgeDropout
 from .graph import check_edge_index, check_ids
 from .loader import Batch, BatchLoader
 
@@ -26,7 +27,7 @@ class LinkLoader(BatchLoader):
         batch_size: end points a batch; nodes that occur more than once are in it once. Default: a tenth of the graph.
         whole: one batch of all edges, in the whole graph.
         destinations: a drawn pair is an edge's source and one of these nodes, or by default any two nodes.
-        seed, prefetch, device: as in `BatchLoader`.
+        seed, prefetch, device, edge_dropout: as in `BatchLoader`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LinkLoader(BatchLoader):
         seed: int = 0,
         prefetch: int = 2,
         device: torch.device | str | None = None,
+        edge_dropout: float = 0.0,
     ):
         if isinstance(data, HeteroData):
             raise ValueError("data is a HeteroData, whose links have two types; LinkLoader takes a Data")
@@ -50,7 +52,8 @@ class LinkLoader(BatchLoader):
             raise ValueError(f"destinations={destinations!r} must be a range of nodes, not empty, of step 1")
         if destinations is not None and not 0 <= destinations.start < destinations.stop <= data.num_nodes:
             raise ValueError(f"destinations={destinations!r} must be within data's nodes 0..{data.num_nodes - 1}")
-        super().__init__(data, batch_size, seed=seed, prefetch=prefetch, device=device)
+        options = {"seed": seed, "prefetch": prefetch, "device": device, "edge_dropout": edge_dropout}
+        super().__init__(data, batch_size, **options)
         self.edges, self.whole, self.destinations = edges, whole, destinations
         batch_size = batch_size or math.ceil(data.num_nodes / 10)
         ends = 4 if destinations is None else 3  # of an edge and its drawn pair
@@ -68,12 +71,12 @@ class LinkLoader(BatchLoader):
         positives, negatives = (pairs.tensor_split(self._num_batches, 1) for pairs in (edges, drawn))
         return [torch.cat(pairs, 1) for pairs in zip(positives, negatives, strict=True)]
 
-    def _build(self, pairs: Tensor) -> Batch:
+    def _build(self, pairs: Tensor, dropout: EdgeDropout | None = None) -> Batch:
         if self.whole:
             n_id, position = torch.arange(self.graph.num_nodes, device=pairs.device), pairs
         else:
             n_id, position = pairs.unique(return_inverse=True)
-        batch = super()._build(n_id)
+        batch = super()._build(n_id, dropout)
         batch.pairs = position.to(self.device)
         batch.labels = (torch.arange(pairs.size(1), device=self.device) < pairs.size(1) // 2).float()
         return batch

@@ -18,6 +18,7 @@ from torch_geometric.data import Data, HeteroData
 from vqgnn_kernels import set_num_threads
 
 from . import samplers
+from .edge_dropout import EdgeDropout
 from .graph import BatchGraph, Graph, MovedBatch, node_tensors
 from .hetero_graph import HeteroGraph, tensors_by_type
 from .samplers import SAMPLERS
@@ -99,6 +100,11 @@ class BatchLoader:
         cache_dir: folder for partitions; default: the user's cache folder.
         device: where the model computes; default: the data's. Batches of data in RAM are moved to a GPU by a copy
             stream of their own, while the model computes.
+        edge_dropout: share of a batch's edges, self loops apart, that are dropped, others in every epoch; for `Data`.
+            The rest count 1 / (1 - edge_dropout) times in a sum or a mean with fixed weights; an attention, or a conv
+            of which PyG's own code runs, is given the rest as it is. Not a model's mode but the loader's decides:
+            evaluate with `layerwise`, or by a loader without. The input layer reads its halo's features (as with
+            `convert(input="rows")`), not C X.
     """
 
     def __init__(
@@ -113,8 +119,13 @@ class BatchLoader:
         prefetch: int = 2,
         cache_dir: str | Path | None = None,
         device: torch.device | str | None = None,
+        edge_dropout: float = 0.0,
     ):
         n = data.num_nodes
+        if not 0 <= edge_dropout < 1:
+            raise ValueError(f"edge_dropout={edge_dropout} must be a share of the edges, 0 or more and below 1")
+        if edge_dropout and isinstance(data, HeteroData):
+            raise ValueError(f"edge_dropout={edge_dropout} is for Data, and data is a HeteroData; leave it out")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
         if batch_size is not None and num_parts is not None:
@@ -126,6 +137,7 @@ class BatchLoader:
         if prefetch < 0:
             raise ValueError(f"prefetch={prefetch} must be 0 (no background thread) or more")
         self.data, self.sampler, self.shuffle, self.seed, self.prefetch = data, sampler, shuffle, seed, prefetch
+        self.edge_dropout = edge_dropout
         hetero = isinstance(data, HeteroData)
         self.graph = HeteroGraph.of(data) if hetero else Graph.of(data)
         self.device = self.graph.device if device is None else torch.device(device)
@@ -162,8 +174,14 @@ class BatchLoader:
             )
         self._take_tensors()  # labels and masks may be others than in the last pass
         node_ids = self._draw(self._epoch)
+        dropout = None
+        if self.edge_dropout:
+            dropout = EdgeDropout(
+                self.edge_dropout, int(torch.randint(2**62, (), generator=self._generator(self._epoch)))
+            )
         self._epoch += 1
-        batches = self._in_background(node_ids) if self.prefetch else map(self._build, node_ids)
+        build = partial(self._build, dropout=dropout)
+        batches = self._in_background(build, node_ids) if self.prefetch else map(build, node_ids)
         yield from map(partial(self._arrived, torch.tensor(next(_PASSES), device="cpu")), batches)
 
     def _take_tensors(self) -> None:
@@ -184,11 +202,12 @@ class BatchLoader:
         # mixed into 32 bits: torch's CPU generator reads no more of a seed
         return torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
 
-    def _build(self, n_id: Tensor) -> Batch | HeteroData:
+    def _build(self, n_id: Tensor, dropout: EdgeDropout | None = None) -> Batch | HeteroData:
         graph = self.graph
         if isinstance(graph, HeteroGraph):
             return graph.batch(graph.by_type(n_id), self._tensors)
-        batch_graph = BatchGraph(graph, n_id, graph.x if n_id.numel() == graph.num_nodes else graph.x[n_id])
+        x = graph.x if n_id.numel() == graph.num_nodes else graph.x[n_id]
+        batch_graph = BatchGraph(graph, n_id, x, edge_dropout=dropout)
         if self._stream is None:
             return Batch.of(batch_graph.prepare(), self._tensors)
         move = _Move(self.device, self._stream)
@@ -203,7 +222,7 @@ class BatchLoader:
             batch.graph.epoch = epoch
         return batch
 
-    def _in_background(self, node_ids: list[Tensor]) -> Iterator[Batch]:
+    def _in_background(self, build: Callable[[Tensor], Batch], node_ids: list[Tensor]) -> Iterator[Batch]:
         ready: queue.Queue = queue.Queue(self.prefetch)
         stop, user = threading.Event(), threading.current_thread()
         # For data on a GPU the model's stream: what is built is then in order with what it computes.
@@ -229,7 +248,7 @@ class BatchLoader:
                     for n_id in node_ids:
                         if not wanted():
                             return
-                        put(self._build(n_id))
+                        put(build(n_id))
             except BaseException as error:
                 put(error)
 

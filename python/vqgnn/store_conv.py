@@ -131,7 +131,7 @@ class StoreConv:
             raise not_converted(self)
         if use.reads and not graph.started:
             start_reading(graph, use)
-        if use.input == "precompute" and x is graph.x:
+        if use.input == "precompute" and x is graph.x and graph.edge_dropout is None:
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
                     f"x of a batch requires a gradient, and {type(self).__name__} reads C X, which was computed once; "
@@ -139,7 +139,7 @@ class StoreConv:
                 )
             return graph.input_messages(use.convolution)
         require_whole(use, graph)
-        if use.input is not None:  # attention, or dropout came between: the halo is read exactly
+        if use.input is not None:  # attention, or dropout came between, or of edges: the halo is read exactly
             graph.graph.wanted |= dict.fromkeys((use.convolution, name) for name in self.input_slices)
             return self.input_messages(x, graph)
         source, query, store = self.state(x), self.message_query(x), use.store

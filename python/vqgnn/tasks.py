@@ -34,10 +34,11 @@ class NodeTask:
 
     def loader(self, config: Config, data: Data, device: torch.device) -> BatchLoader:
         """Batches of the data, for a model on this device."""
+        options = {"seed": config.seed, "device": device, "edge_dropout": config.edge_dropout}
         if config.whole:
-            return BatchLoader(data, batch_size=data.num_nodes, device=device)
+            return BatchLoader(data, batch_size=data.num_nodes, **options)
         num_parts, joined = config.parts_pair()
-        options = {"sampler": config.sampler, "seed": config.seed, "device": device}
+        options["sampler"] = config.sampler
         return BatchLoader(data, config.batch_size, num_parts, joined, **options)
 
     def count(self, data: Data) -> int:
@@ -99,7 +100,8 @@ class LinkTask:
     def loader(self, config: Config, data: Data, device: torch.device) -> BatchLoader:
         """Batches of the edges to learn, for a model on this device."""
         edges, destinations = self.links.train.to(data.x.device), self.links.destinations(data.num_nodes)
-        options = {"destinations": destinations, "seed": config.seed, "device": device}
+        options = {"seed": config.seed, "device": device, "edge_dropout": config.edge_dropout}
+        options["destinations"] = destinations
         return LinkLoader(data, edges, config.batch_size, config.whole, **options)
 
     def count(self, data: Data) -> int:
