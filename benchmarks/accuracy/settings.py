@@ -133,6 +133,16 @@ METHODS = {
         step_sizes=(0.003,),
         lacks=("coauthor-physics",),  # codes of 8,415 features a node: 2,104 codebooks
     ),
+    # what GraphSAINT's subgraphs lack, without its batches
+    "full-edges": Method(
+        "full batch, 80 % of the edges dropped",
+        (("method", "full"), ("edge_dropout", 0.8)),
+        models=("gcn", "sage"),
+        epochs=None,
+    ),
+    "vq-edges": _ours(
+        "ours, 80 % of the edges dropped", "vq", codec=CODEC, optimizer="auto", edge_dropout=0.8, models=("gcn", "sage")
+    ),
     # what codes cost: the same with rows as they are
     "lmc-node": _ours("fp32 rows and gradients, random nodes", "lmc", optimizer="auto"),
     "drop": _ours("no halo, exact input layer, random nodes", "drop"),
