@@ -192,8 +192,12 @@ def test_shares_out_of_range(share):
 def test_what_cannot_drop_says_so():
     with pytest.raises(ValueError, match=r"edge_dropout=0\.5 is for Data, and data is a HeteroData; leave it out"):
         vqgnn.BatchLoader(HeteroData(), edge_dropout=0.5)
-    data = awkward_graph(undirected=True)
-    model = vqgnn.convert(pyg.Sequential("x, graph", [(pyg.ChebConv(6, 3, 3), "x, graph -> x")]), data)
-    with pytest.raises(ValueError, match=r"edge_dropout=0\.5 is not for ChebConv"):
-        for batch in vqgnn.BatchLoader(data, edge_dropout=0.5):
-            model(batch.x, batch.graph)
+    for conv, which in (
+        (pyg.ChebConv(6, 3, 3), "ChebConv"),
+        (pyg.SGConv(6, 3), "a conv that weighs the edges itself"),
+    ):
+        data = awkward_graph(undirected=True)
+        model = vqgnn.convert(pyg.Sequential("x, graph", [(conv, "x, graph -> x")]), data)
+        with pytest.raises(ValueError, match=rf"edge_dropout=0\.5 is not for {which}"):
+            for batch in vqgnn.BatchLoader(data, edge_dropout=0.5):
+                model(batch.x, batch.graph)

@@ -522,10 +522,15 @@ class BatchGraph:
         return rows(csr, self.n_id, scaled), rows(csr_t, self.n_id, scaled, transposed=True)
 
     def _require_droppable(self, convolution: Convolution) -> None:
-        if self.edge_dropout is not None and convolution.kind == "cheb":
+        """Raise a ValueError where the edges that are left would need other weights than those of the whole graph."""
+        if self.edge_dropout is None:
+            return
+        weighted = any(getattr(convolution, "values", ()))  # by a conv of which PyG's code runs
+        if weighted or getattr(convolution, "kind", None) == "cheb":
+            which = "a conv that weighs the edges itself (SGConv, APPNP)" if weighted else "ChebConv"
             raise ValueError(
-                f"edge_dropout={self.edge_dropout.share} is not for ChebConv, whose polynomials need the "
-                "whole Laplacian; give BatchLoader no edge_dropout"
+                f"edge_dropout={self.edge_dropout.share} is not for {which}, whose weights are the whole graph's; use "
+                "GCNConv, SAGEConv or an attention, or leave it out"
             )
 
     def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
@@ -590,6 +595,7 @@ class BatchGraph:
         """The edges into the batch, `others` being its halo; with valued, their ids too."""
         key = ("edges", convolution, valued)
         if key not in self._made:
+            self._require_droppable(convolution)
             csr = self.slices(convolution)[0]
             edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
             if self.edge_dropout is not None:
