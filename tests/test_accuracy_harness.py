@@ -163,12 +163,12 @@ def test_graphsaint_is_unbiased(harness, model):
     assert float(weight[~train].abs().max()) == 0
 
 
-def lmc_gradients(harness, model, graph_of=lambda data: data, exact=False, **changes):
+def lmc_gradients(harness, model, graph_of=lambda data: data, exact=False):
     """(full batch's gradient, the sum of LMC's over an epoch's batches), with histories of zeros or the true rows."""
     settings, _, worker = harness
     peers = peers_of(worker)
-    fixed = {"dropout": 0.0, "norm": "none", "hidden": 8, **changes}
-    config = worker.config_of(settings.Run("tiny", model, "lmc-mixed", 0, 0.01, tuple(fixed.items())), 1)
+    fixed = (("dropout", 0.0), ("norm", "none"), ("hidden", 8))
+    config = worker.config_of(settings.Run("tiny", model, "lmc-mixed", 0, 0.01, fixed), 1)
     dataset = worker.datasets.of_config(config)
     graph_of(dataset.data)
     peer = peers.LMC(config, dataset, batches=3)

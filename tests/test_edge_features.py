@@ -247,7 +247,7 @@ def test_convs_alike_share_the_features_of_edges():
     vqgnn.convert(gat(False), data, method="gas")
     assert len(Graph.of(data)._edge_features) == 1
     batch = next(iter(batches(data)))
-    assert {key[0] for key in batch.graph._made} == {"halo_transpose", "slices", "csr", "exact_neighbours"}
+    assert {key[0] for key in batch.graph._made} == {"halo_transpose", "csr", "exact_neighbours"}
 
 
 @pytest.mark.parametrize("edge_dim", [None, D])

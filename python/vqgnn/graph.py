@@ -472,7 +472,7 @@ class BatchGraph:
 
     def slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
         """`csr` before edges are dropped."""
-        return self._once("slices", convolution)
+        return self.csr(convolution) if self.edge_dropout is None else self._once("slices", convolution)
 
     def halo_transpose(self, convolution: Convolution) -> CSR:
         """[b + h, b]: of the batch's rows of C, by which the halo's rows are given gradients as its own are."""
@@ -514,10 +514,10 @@ class BatchGraph:
         return self._made[name, convolution]
 
     def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        csr, csr_t = self.slices(convolution)
         if self.edge_dropout is None:
-            return csr, csr_t
+            return self._make_slices(convolution)
         self._require_droppable(convolution)
+        csr, csr_t = self.slices(convolution)
         rows, scaled = self.edge_dropout.rows, convolution.kind != "attention"
         return rows(csr, self.n_id, scaled), rows(csr_t, self.n_id, scaled, transposed=True)
 
