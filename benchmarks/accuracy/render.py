@@ -47,6 +47,7 @@ PEERS = ("gas", "lmc", "cluster-gcn", "saint-rw", "saint-rw-plain", "ns-sage", "
 # Other forms of the same, where they were run.
 FORMS = {"full": ("full-rmsprop",), "gas": ("gas-rmsprop",), "lmc": ("lmc-rmsprop", "lmc-mixed")}
 EDGES = ("full", "full-edges", OURS, "vq-edges", "saint-rw", "saint-rw-plain")
+EDGES_ONLY = ("full-edges", "vq-edges")  # shown with these and not in the tables of every method
 TRAINED = [name for name, method in METHODS.items() if not method.shared]
 CHEAP = [name for name, method in METHODS.items() if method.shared]
 COLOURS = plt.get_cmap("tab20")
@@ -111,7 +112,7 @@ def cells_of(table: Table, method: str = OURS) -> list[Cell]:
 
 def main_table(table: Table, model: str) -> str:
     """A line a data set; methods that were not run with this model have no column, nor those of `edges_table`."""
-    shown = [m for m in TRAINED if not m.endswith("-edges")]
+    shown = [m for m in TRAINED if m not in EDGES_ONLY]
     there = [m for m in shown if any(table.values((dataset, model, m)) for dataset in SETTINGS)]
     rows = [[dataset, *line] for dataset in SETTINGS if (line := texts_and_seeds(table, dataset, model, there))]
     return markdown(["test, %", *(METHODS[m].label for m in there), "seeds"], rows)
