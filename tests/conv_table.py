@@ -1,6 +1,7 @@
 """Convs and what must hold for each: the tests run cells, and `python tests/conv_table.py` prints the table.
 
-README.md has that table; `--check README.md` tells what of it no longer holds, and the tests do for the cells they run.
+docs/guide.md has that table; `--check docs/guide.md` tells what of it no longer holds, and the tests do for the cells
+that they run.
 
 A cell is a function of a conv's builder and of data that raises AssertionError where it does not hold, and returns what
 the table shows. Models are as small as a mistake in them would still show.

@@ -20,23 +20,23 @@ from vqgnn.inference import layerwise
 # Slow checks are of one conv of each kind here: an attention, several hops, a sum. `-m slow` has every cell.
 SLOW = {"compile": ("AGNNConv", "ARMAConv"), "vq gradient": ("AGNNConv", "ARMAConv", "GraphConv")}
 CELLS = [(conv, check) for conv in conv_table.CONVS for check in conv_table.CHECKS if conv in SLOW.get(check, [conv])]
-README = (Path(__file__).parents[1] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 
 
 @pytest.mark.parametrize(("conv", "check"), CELLS)
 def test_cell_of_the_table(conv, check):
-    """It holds, and README's table says what was found, but for figures."""
+    """It holds, and the guide's table says what was found, but for figures."""
     found = conv_table.cell(conv, check)
-    assert conv_table.verdict(found) == conv_table.verdict(conv_table.read(README)[conv][check])
+    assert conv_table.verdict(found) == conv_table.verdict(conv_table.read(GUIDE)[conv][check])
 
 
 @pytest.mark.slow
 def test_the_whole_table_holds():
-    assert conv_table.differences(README, list(conv_table.CONVS)) == []
+    assert conv_table.differences(GUIDE, list(conv_table.CONVS)) == []
 
 
 def test_the_tables_rows_and_paths_are_the_convs():
-    rows = conv_table.read(README)
+    rows = conv_table.read(GUIDE)
     assert list(rows) == list(conv_table.CONVS)
     assert {conv: rows[conv]["path"] for conv in rows} == {conv: conv_table.path(conv) for conv in rows}
 

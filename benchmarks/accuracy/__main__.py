@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy run                     # what is missing of all tables
     python benchmarks/accuracy run --dry-run           # how much is missing, and about how long it takes
-    python benchmarks/accuracy render                  # docs/results.md, its plots, and README's table
+    python benchmarks/accuracy render                  # docs/results.md, its plots, and README's tables
 
 Every run has a hash of all that decides its result, and one row in results/accuracy.csv: a run that is there is not
 made again, one with other settings is. Each method of a data set and model has the same tuning budget: its step sizes

@@ -1,4 +1,4 @@
-"""Tables and plots from the rows that are there: docs/results.md, README's table, plots in benchmarks/results/plots."""
+"""Tables and plots from the rows that are there: docs/results.md and its plots, and the tables in README."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ from vqgnn.store import Codec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-MARK = "<!-- written by `python benchmarks/accuracy render` -->\n"  # in README, before the table
+MARK = "<!-- written by `python benchmarks/accuracy render` -->\n"  # in README, before each of its tables
 OURS, CLUSTERS = "vq", "vq-cluster"
-SUMMARY = ("full", OURS, "gas", "lmc", "cluster-gcn", "saint-rw", "drop")  # in README
 PEERS = ("gas", "lmc", "cluster-gcn", "saint-rw", "saint-rw-plain", "ns-sage", "vq-paper")
 # Other forms of the same, where they were run.
 FORMS = {"full": ("full-rmsprop",), "gas": ("gas-rmsprop",), "lmc": ("lmc-rmsprop", "lmc-mixed")}
@@ -128,16 +127,13 @@ def texts_and_seeds(table: Table, dataset: str, model: str, methods: Iterable[st
 
 
 def summary_table(table: Table) -> str:
-    """README's: a line a data set and model that ours was run on."""
+    """README's: full batch and ours, a line a data set."""
     rows = [
-        [dataset, model.upper(), *texts_and_seeds(table, dataset, model, SUMMARY)]
-        for model in MODELS
+        [dataset, *(table.text((dataset, model, method)) for model in MODELS for method in ("full", OURS))]
         for dataset in SETTINGS
-        if table.values((dataset, model, OURS))
     ]
-    labels = [METHODS[m].label.removesuffix(" (PyG)").partition(",")[0] for m in SUMMARY]
-    labels[SUMMARY.index(OURS)] = "**ours: vq**"
-    return markdown(["data set", "model", *labels, "seeds"], rows)
+    head = [text for model in MODELS for text in (f"{model.upper()}: full batch", "ours")]
+    return markdown(["data set", *head], [row for row in rows if set(row[1:]) != {"-"}])
 
 
 def cheap_table(table: Table) -> str:
@@ -650,15 +646,19 @@ def page(table: Table, rows: results.Rows, curves: dict) -> str:
 
 
 def readme(table: Table, text: str) -> str:
-    """README's text with its table made anew."""
-    before, mark, after = text.partition(MARK)
-    if not mark:
-        raise ValueError(f"README.md lacks the line {MARK.strip()!r}, after which its table of accuracies stands")
-    return before + mark + summary_table(table) + after[after.index("\n\n") :]
+    """README's text with its tables made anew."""
+    before, *parts = text.split(MARK)
+    tables = summary_table(table), against_peers(table)
+    if len(parts) != len(tables):
+        raise ValueError(
+            f"README.md has the line {MARK.strip()!r} {len(parts)} times; it must stand before each of its "
+            f"{len(tables)} tables of accuracies"
+        )
+    return before + "".join(MARK + made + part[part.index("\n\n") :] for made, part in zip(tables, parts, strict=True))
 
 
 def render(check: bool = False) -> int:
-    """Write the page, README's table, and the plots; or only say whether the texts are what the rows give."""
+    """Write the page, README's tables, and the plots; or only say whether the texts are what the rows give."""
     rows, curves = results.read(), results.read_curves()
     table = Table(rows)
     texts = {PAGE: page(table, rows, curves), README: readme(table, README.read_text())}
@@ -672,5 +672,5 @@ def render(check: bool = False) -> int:
     for path, text in texts.items():
         with atomic_write(path) as handle:
             handle.write(text.encode())
-    print(f"wrote {PAGE.relative_to(ROOT)}, the table in {README.name}, and {PLOTS.relative_to(ROOT)}/")
+    print(f"wrote {PAGE.relative_to(ROOT)}, the tables in {README.name}, and {PLOTS.relative_to(ROOT)}/")
     return 0
