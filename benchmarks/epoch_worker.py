@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn.models import GCN
@@ -131,8 +130,8 @@ def neighbor(data: Data) -> Callable[[], float]:
 def vq(data: Data) -> Callable[[], float]:
     """Ours as `vqgnn train` runs it: 10 % batches of random nodes, K = 256, d = 4, averaged weights."""
     model = new_model(data)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
     vqgnn.convert(model, data, method="vq", codec="pq:d=4,k=256", seed=0)
+    average = vqgnn.MovingAverage(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     loader = vqgnn.BatchLoader(data, batch_size=-(-data.num_nodes // BATCHES), sampler="node", seed=0)
     scale = len(loader) / int(data.train_mask.sum())

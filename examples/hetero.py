@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import SAGEConv, to_hetero
 
@@ -48,9 +47,8 @@ def main(path: str, method: str = "vq", epochs: int = 20) -> float:
     model = to_hetero(SAGE(64, int(nodes.y.max()) + 1), data.metadata())
     with torch.no_grad():
         model.eval()(data.x_dict, data.edge_index_dict)  # gives the lazy parameters their shapes
-    averaged = AveragedModel(model.train(), multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
-    vqgnn.convert(model, data, method=method)
-    vqgnn.convert(averaged.module, data, method="full")  # no store, for exact inference
+    vqgnn.convert(model.train(), data, method=method)
+    averaged = vqgnn.MovingAverage(model, 0.95)
     print(vqgnn.paths(model))
     loader = vqgnn.BatchLoader(data, data.num_nodes if method == "full" else None)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

@@ -9,7 +9,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.nn.models import GCN
 
 import vqgnn
@@ -21,9 +20,8 @@ def main(dataset: str = "generated:n=20000", method: str = "vq", epochs: int = 1
     loaded = load(dataset)
     data = loaded.data
     model = GCN(data.num_features, 128, 3, loaded.num_classes, norm="batch_norm", dropout=0.3)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
     vqgnn.convert(model, data, method=method)  # vqgnn
-    vqgnn.convert(averaged.module, data, method="full")  # vqgnn: no store, for exact inference
+    averaged = vqgnn.MovingAverage(model, 0.95)  # vqgnn
     batch_size = data.num_nodes if method == "full" else data.num_nodes // 10
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for batches in [vqgnn.BatchLoader(data, batch_size)] * epochs:  # vqgnn

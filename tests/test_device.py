@@ -15,8 +15,8 @@ from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 import vqgnn
 import vqgnn_kernels as kernels
 from vqgnn import BatchLoader
+from vqgnn.averaging import MovingAverage
 from vqgnn.store import NodeStore
-from vqgnn.train import MovingAverage
 from vqgnn_kernels import CSR, Rows
 
 METHODS = [("vq", "pq:d=4,k=8"), ("lmc", "int8"), ("gas", "fp32"), ("drop", None)]

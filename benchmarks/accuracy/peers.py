@@ -23,11 +23,12 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import degree
 
 from vqgnn import memory
+from vqgnn.averaging import MovingAverage
 from vqgnn.config import Config
 from vqgnn.datasets import Dataset
 from vqgnn.partitioning import partition
 from vqgnn.tasks import NodeTask
-from vqgnn.train import MovingAverage, build_model, learning_rate_factor, model_options, with_residuals
+from vqgnn.train import build_model, learning_rate_factor, model_options, with_residuals
 
 FANOUT = [20, 10, 5]  # of the paper's NS-SAGE
 PARTS_A_BATCH = 8  # Cluster-GCN's clusters joined into a batch
@@ -82,7 +83,7 @@ class Peer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return self.task.scores(None, self.logits(self.averaged.module.eval()), self.data)
+        return self.task.scores(None, self.logits(self.averaged.module), self.data)
 
     def fit(self) -> list[dict]:
         """One object an epoch, as `vqgnn train` writes them."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import diagnostics, inference, nn
+    from .averaging import MovingAverage
     from .codebook import Codebook
     from .conversion import convert, paths, stores
     from .diffusion import gdc
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "Convolution": "graph",
     "Graph": "graph",
     "LinkLoader": "links",
+    "MovingAverage": "averaging",
     "NodeStore": "store",
     "convert": "conversion",
     "diagnostics": None,
@@ -51,6 +53,7 @@ __all__ = [
     "Convolution",
     "Graph",
     "LinkLoader",
+    "MovingAverage",
     "NodeStore",
     "convert",
     "diagnostics",

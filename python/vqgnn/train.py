@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch_geometric.data import Data
 from torch_geometric.nn import GATConv, GATv2Conv, TransformerConv, models
 from torch_geometric.nn.models.basic_gnn import BasicGNN
@@ -25,6 +23,7 @@ from torch_geometric.utils import coalesce
 from tqdm import tqdm
 
 from . import memory
+from .averaging import MovingAverage
 from .config import ATTENTIONS, BEFORE, Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
@@ -144,30 +143,6 @@ def _inductive(data: Data) -> tuple[Data, Data]:
     return data.subgraph(data.train_mask), data if separate else data.subgraph(~data.test_mask)
 
 
-class MovingAverage(AveragedModel):
-    """EMA of a model's weights and buffers; its decay rises to `decay`, so that the first weights do not linger.
-
-    After t steps about the last t / 9 count: full batch makes one step an epoch and would else trail for hundreds.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, use_buffers=True)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """As the base class, which tells the GPU the number of updates in every step and waits for it."""
-        t = int(self.n_averaged)  # on the host
-        share = 1 - min(self.decay, (1 + t) / (10 + t)) if t else 1.0
-        pairs = [*zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True)]
-        numbers = [pair for pair in pairs if pair[0].is_floating_point()]
-        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*numbers, strict=True)), share)
-        for mean, now in counts:
-            mean.copy_(now)
-        self.n_averaged += 1
-
-
 def learning_rate_factor(config: Config, step: int, batches: int) -> float:
     """Of the step size, with so many batches an epoch: linear warm-up, then half a cosine down to 0, or constant."""
     warmup, total = config.warmup_epochs * batches, config.epochs * batches
@@ -223,7 +198,6 @@ class Trainer:
         if config.learned:
             model = Embedded(model, self.data.x)
         self.model = self.task.with_head(model).to(self.device)
-        self.averaged = MovingAverage(self.model, config.average)
         try:
             self.loader = self.task.loader(config, self.train_data, self.device)
             n, batches = self.train_data.num_nodes, len(self.loader)
@@ -233,7 +207,6 @@ class Trainer:
                     "--batch-size, or --norm layer"
                 )
             if config.model != "mlp":
-                convert(self.averaged.module, self.train_data, method="full")
                 options = {"codec": config.codec, "input": config.input, "seed": config.seed, "fill": fill}
                 options |= {"place": config.place, "folder": folder, "attention_state": config.attention_state}
                 options["grad"] = {"auto": None, "on": True, "off": False}[config.grad]
@@ -247,6 +220,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from error
         self.stores = stores(self.model)
+        self.averaged = MovingAverage(self.model, config.average)
         on_disk = mapped or any(store.place == "disk" for store in self.stores.values())
         # Rows that an evaluation keeps: in files, and of half the size, where the graph itself does not fit.
         self.kept = {"folder": folder or cache_folder() / "state"} if on_disk else {}
@@ -421,7 +395,7 @@ class Trainer:
         """
         data = self.data if data is None else data
         if self.config.model == "mlp":
-            model = self.averaged.module.eval()
+            model = self.averaged.module
             with torch.no_grad():
                 return torch.cat([model(x.to(self.device)) for x in data.x.split(_ROWS)]).to(data.x.device)
         if inference == "exact":
@@ -430,11 +404,10 @@ class Trainer:
             raise InputError(f"--inference {inference} needs node states; method {self.config.method!r} keeps none")
         if inference == "stale" and self.config.inductive:
             raise InputError("--inference stale: an inductive run keeps states of training nodes only; use exact")
-        with self._averaged_weights():
-            try:
-                return layerwise(self.model, data, method=inference, **self.kept, progress=progress)
-            except ValueError as error:
-                raise InputError(str(error)) from error
+        try:
+            return layerwise(self.averaged.module, data, method=inference, **self.kept, progress=progress)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def predict_new(self, x: Tensor, edge_index: Tensor, refresh: bool = False) -> Tensor:
         """The averaged weights' output [k, C] for new nodes (see `serving.new_nodes`), edges made undirected as here.
@@ -443,30 +416,20 @@ class Trainer:
         """
         if self.config.model == "mlp":
             with torch.no_grad():
-                return self.averaged.module.eval()(x.to(self.device))
+                return self.averaged(x.to(self.device))
         if self.config.inductive:
             raise InputError("an inductive run keeps states of its training nodes only; train without --inductive")
         if self.config.learned:
             raise InputError("--new: new nodes have no learnt embedding; train on features of the nodes")
         x, edges = x.to(self.data.x.device), edge_index.to(self.data.x.device)
         edges = coalesce(edges if self.config.directed else torch.cat([edges, edges.flip(0)], 1))
-        with self._averaged_weights():
-            try:
-                if refresh and self.stores:
-                    warmup(self.model, self.data, **self.kept)
-                return new_nodes(self.model, self.data, x, edges)
-            except ValueError as error:
-                raise InputError(f"--new: {error}") from error
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """For a time, the model that has the stores has the averaged weights."""
-        kept = copy.deepcopy(self.model.state_dict())
-        self.model.load_state_dict(self.averaged.module.state_dict())
+        model = self.averaged.module
         try:
-            yield
-        finally:
-            self.model.load_state_dict(kept)
+            if refresh and self.stores:
+                warmup(model, self.data, **self.kept)
+            return new_nodes(model, self.data, x, edges)
+        except ValueError as error:
+            raise InputError(f"--new: {error}") from error
 
     def scores(self, inference: str = "exact") -> dict[str, float]:
         """The task's scores of all splits by the averaged weights; inductive: validation has never met a test node."""
