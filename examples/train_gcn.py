@@ -1,4 +1,4 @@
-"""A PyG training script, and the four lines that make it train in mini-batches which keep every message.
+"""A PyG training script, and the lines that make it train in mini-batches which keep every message.
 
     python examples/train_gcn.py [generated:n=20000] [vq|gas|lmc|drop|full]
 

@@ -25,13 +25,17 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model = GCN(data.num_features, 128, 3, num_classes, norm="batch_norm", dropout=0.3)
         vqgnn.convert(self.model, data)
+        self.averaged = vqgnn.MovingAverage(self.model)
 
     def training_step(self, batch, batch_idx):
         out = self.model(batch.x, batch.graph)
         return F.cross_entropy(out[batch.train_mask], batch.y[batch.train_mask])
 
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.averaged.update_parameters(self.model)
+
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.003)
+        return torch.optim.Adam(self.model.parameters(), lr=0.003)
 
 
 def main(dataset: str = "generated:n=20000", epochs: int = 15) -> None:
@@ -41,7 +45,7 @@ def main(dataset: str = "generated:n=20000", epochs: int = 15) -> None:
     # the data is on the CPU, so the model too; Lightning leaves vqgnn's batches as they are
     trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(module, vqgnn.BatchLoader(data))
-    predicted = vqgnn.inference.layerwise(module.model, data).argmax(1)
+    predicted = vqgnn.inference.layerwise(module.averaged.module, data).argmax(1)
     print(f"test accuracy {(predicted == data.y)[data.test_mask].float().mean():.4f}")
 
 
