@@ -56,7 +56,7 @@ def to_meta(value):
         return {key: to_meta(item) for key, item in value.items()}
     if type(value).__name__ in ("Batch", "BatchGraph", "Graph"):
         moved = copy.copy(value)
-        moved.__dict__.update(to_meta(value.__dict__) | {"epoch": getattr(value, "epoch", None)})  # the host's
+        moved.__dict__.update(to_meta(value.__dict__) | {"visit": getattr(value, "visit", None)})  # the host's
         return moved
     return value
 

@@ -204,8 +204,8 @@ def test_the_interpreter_may_end_with_a_pass_under_way(thread):
 def test_no_two_passes_have_the_same_number(load, prefetch):
     numbers = []
     for loader in (load(prefetch=prefetch), load(prefetch=prefetch)):
-        numbers += [{int(batch.graph.epoch) for batch in loader} for _ in range(2)]
-        assert int(next(iter(loader)).graph.epoch) not in set.union(*numbers)
+        numbers += [{int(batch.graph.visit[0]) for batch in loader} for _ in range(2)]
+        assert int(next(iter(loader)).graph.visit[0]) not in set.union(*numbers)
     assert [len(of_pass) for of_pass in numbers] == [1] * 4 and len(set.union(*numbers)) == 4
 
 

@@ -17,7 +17,7 @@ HIDDEN, LAYERS, AVERAGE = 128, 3, 0.98  # AVERAGE: decay a step of the evaluated
 STATES = {"gat": "inputs before dropout, dropped afresh", "": "before dropout, dropped afresh"}
 GRADIENTS = "coordinates in a basis"  # what codes say of gradients, where a codec does not
 # what an attention keeps of them
-PENDING = "gradients of inputs, pending, by the cosine of two epochs, coordinates: f / 16 - 1"
+PENDING = "gradients of inputs, pending, a mean over epochs by least squares, coordinates: f / 16 - 1"
 STEP_SIZES = (0.01, 0.003)  # every method's tuning budget: the better by validation goes on
 MODELS = ("gcn", "sage", "gat")
 OPTIMIZERS = {"gcn": "rmsprop", "sage": "rmsprop", "gat": "adam"}  # of ours, "auto" below: by validation at seed 0

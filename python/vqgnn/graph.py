@@ -433,15 +433,15 @@ class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
 
     n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
-    answers for every conv instead of the training store. epoch [] is the number of the loader's pass, on the host; no
-    other pass has it. edge_dropout: what drops some of its edges; None: all stay.
+    answers for every conv instead of the training store. visit [2], on the host: the number of the loader's pass, which
+    no other pass has, and of the batch in it. edge_dropout: what drops some of its edges; None: all stay.
     """
 
     graph: Graph
     n_id: Tensor
     x: Tensor
     run: object | None = None
-    epoch: Tensor | None = None
+    visit: Tensor | None = None
     edge_dropout: EdgeDropout | None = None
     started: bool = False  # see `start`
     _made: dict[tuple, Any] = field(default_factory=dict, repr=False)
@@ -676,7 +676,7 @@ class MovedBatch(BatchGraph):
     def __init__(self, origin: BatchGraph, move: Callable[[Tensor], Tensor]):
         self._origin, self._copy, self._copies = origin, move, {}
         moved = self._moved(origin.n_id), self._moved(origin.x)
-        super().__init__(origin.graph, *moved, origin.run, origin.epoch, origin.edge_dropout)
+        super().__init__(origin.graph, *moved, origin.run, origin.visit, origin.edge_dropout)
 
     @property
     def origin(self) -> BatchGraph:

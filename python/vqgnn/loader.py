@@ -182,7 +182,9 @@ class BatchLoader:
         self._epoch += 1
         build = partial(self._build, dropout=dropout)
         batches = self._in_background(build, node_ids) if self.prefetch else map(build, node_ids)
-        yield from map(partial(self._arrived, torch.tensor(next(_PASSES), device="cpu")), batches)
+        number = next(_PASSES)
+        for i, batch in enumerate(batches):
+            yield self._arrived(batch, torch.tensor([number, i], device="cpu"))
 
     def _take_tensors(self) -> None:
         if isinstance(self.data, HeteroData):
@@ -215,11 +217,11 @@ class BatchLoader:
         batch.arrival = move
         return batch
 
-    def _arrived(self, epoch: Tensor, batch: Batch | HeteroData) -> Batch | HeteroData:
+    def _arrived(self, batch: Batch | HeteroData, visit: Tensor) -> Batch | HeteroData:
         if self._stream is not None:
             batch.arrival.wait()
         if isinstance(batch, Batch):
-            batch.graph.epoch = epoch
+            batch.graph.visit = visit
         return batch
 
     def _in_background(self, build: Callable[[Tensor], Batch], node_ids: list[Tensor]) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from .transfer import Ticket, TransferEngine
 ROW_CODECS = ("fp32", "fp16", "int8", "int4")
 _NEVER = -1
 _FILLED = 32_768  # nodes at a time
+_PENDING_DECAY = 0.7  # an epoch, of the mean of what is left for a node
 _ENCODED = ("data", "scale", "grad_data", "grad_scale")  # the tables that kernels read
 
 # A compiled backward reaches its store by number: torch.compile then sees one opaque op and no state to trace.
@@ -44,19 +45,19 @@ def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tenso
     return torch.empty_like(g)
 
 
-def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
+def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, visit: Tensor | None) -> Tensor:
     store = _STORES[handle]
-    store.begin(None if epoch is None else int(epoch))
+    store.begin(None if visit is None else tuple(visit.tolist()))
     store.leave(halo, g)
     return store.collect(n_id)
 
 
-def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, epoch: Tensor | None) -> Tensor:
+def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, visit: Tensor | None) -> Tensor:
     return g.new_empty(n_id.numel(), g.size(1))
 
 
 kernels.register(
-    "exchange(int handle, Tensor halo, Tensor g, Tensor n_id, Tensor? epoch) -> Tensor", _exchange, _exchange_fake
+    "exchange(int handle, Tensor halo, Tensor g, Tensor n_id, Tensor? visit) -> Tensor", _exchange, _exchange_fake
 )
 kernels.register(
     "record(int handle, Tensor n_id, Tensor x, Tensor g, Tensor? softmax=None) -> Tensor", _record, _record_fake
@@ -176,19 +177,19 @@ class Exchange(torch.autograd.Function):
     """Decoded rows of a batch's halo, as they are.
 
     In the backward pass their gradients are left in the store for their nodes' next batches, and what other batches
-    have left for this one's nodes joins the gradient of their states `own`. epoch: a batch's `BatchGraph.epoch`.
+    have left for this one's nodes joins the gradient of their states `own`. visit: a batch's `BatchGraph.visit`.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor, epoch: Tensor | None):
+    def forward(ctx, rows: Tensor, own: Tensor, handle: int, halo: Tensor, n_id: Tensor, visit: Tensor | None):
         ctx.handle, ctx.dtype = handle, own.dtype
-        ctx.save_for_backward(halo, n_id, epoch)
+        ctx.save_for_backward(halo, n_id, visit)
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        halo, n_id, epoch = ctx.saved_tensors
-        own = torch.ops.vqgnn.exchange(ctx.handle, halo, g, n_id, epoch)
+        halo, n_id, visit = ctx.saved_tensors
+        own = torch.ops.vqgnn.exchange(ctx.handle, halo, g, n_id, visit)
         return None, own.to(ctx.dtype), None, None, None, None
 
 
@@ -274,7 +275,7 @@ class NodeStore(nn.Module):
         for name, table in zip(("pending", "pending_next"), pair, strict=True):
             self.register_buffer(name, table)
         self.register_buffer("pending_share", torch.ones(()) if pending else None)  # of it that is handed out
-        self._epoch: int | None = None  # of the last batch that left gradients
+        self._visits: list[tuple[int, int]] = []  # of this epoch's batches that left gradients
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -302,7 +303,7 @@ class NodeStore(nn.Module):
 
     def __getstate__(self) -> dict:
         self.flush()
-        return self.__dict__ | {"_engine": None, "_numbers": {}}
+        return self.__dict__ | {"_engine": None, "_numbers": {}, "_visits": []}  # passes count anew elsewhere
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -445,15 +446,19 @@ class NodeStore(nn.Module):
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
-    def begin(self, epoch: int | None) -> None:
-        """Say which epoch the next `leave` and `collect` are of: with another one than before, that one is over.
+    def begin(self, visit: tuple[int, int] | None) -> None:
+        """Say which pass over the graph, and which batch of it, the next `leave` and `collect` are of.
 
-        None is not known: the epoch before goes on. A node that an epoch was broken off before, or that has no batch
-        in it, does not get what was left for it in the epoch before.
+        With another pass than before, or with a batch that comes again after others, an epoch is over. None is not
+        known: the epoch goes on. A node that an epoch was broken off before, or that has no batch in it, does not get
+        what was left for it in the epoch before.
         """
-        if epoch is not None and epoch != self._epoch:
-            self._epoch = epoch
+        if visit is None or visit in self._visits[-1:]:
+            return
+        if not self._visits or visit[0] != self._visits[-1][0] or visit in self._visits:
             self._turn()
+            self._visits = []
+        self._visits.append(visit)
 
     @_exact
     def leave(self, n_id: Tensor, g: Tensor) -> None:
@@ -480,19 +485,22 @@ class NodeStore(nn.Module):
 
     @_exact
     def _turn(self) -> None:
-        """An epoch is over: what it has left is handed out in the next, as far as it comes again.
+        """An epoch is over: what it has left joins the mean that is handed out in the next.
 
-        It is weighted by the cosine between the last two epochs' (all nodes and all coordinates together), which is 1
-        where weights rest. Where steps are large or labels few, one epoch's gradients say nothing of the next one's;
-        and in full, gradients that are an epoch old make the loss of long runs rise.
+        Most of what one epoch leaves is noise of its batches and dropout, so that a mean over epochs, an exponential
+        one, tells the next epoch's better than the last epoch does. It is weighted by least squares, by how much of it
+        came again in this epoch (all nodes and all coordinates together): 1 where weights rest, little where steps are
+        large or labels few. In full, the loss of long runs rises.
         """
-        products = torch.zeros(3, device=self.pending.device)
-        for last, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
-            last, new = last.float().flatten(), new.float().flatten()
-            products += torch.stack([last @ new, last @ last, new @ new])
-        cosine = products[0] / (products[1].sqrt() * products[2].sqrt())
-        self.pending_share.copy_(cosine.nan_to_num(1.0).clamp(0.0, 1.0))  # 1 as long as there were not two epochs
-        self.pending.copy_(self.pending_next)
+        products = torch.zeros(2, device=self.pending.device)
+        for mean, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
+            mean, new = mean.float().flatten(), new.float().flatten()
+            products += torch.stack([mean @ new, mean @ mean])
+        began = products[1] > 0  # else this is the first epoch, and the mean
+        self.pending_share.copy_((products[0] / products[1]).clamp(0.0, 1.0).where(began, 1.0))
+        weight = torch.where(began, 1 - _PENDING_DECAY, 1.0)
+        for mean, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
+            mean.copy_(mean.float().lerp(new.float(), weight))
         self.pending_next.zero_()
 
     def fill(self, rows: Tensor, progress: bool = False) -> None:

@@ -222,7 +222,7 @@ def _stored(graph: BatchGraph, use: StoreUse) -> tuple[Neighbours, Tensor | None
 
 
 def _exchanger(store: NodeStore, own: Tensor, halo: Tensor, graph: BatchGraph) -> Callable[[Tensor], Tensor]:
-    return lambda rows: Exchange.apply(rows, own, store.handle, halo, graph.n_id, graph.epoch)
+    return lambda rows: Exchange.apply(rows, own, store.handle, halo, graph.n_id, graph.visit)
 
 
 def _stored_queries(graph: BatchGraph, use: StoreUse) -> Tensor | None:
