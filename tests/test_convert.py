@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -369,3 +370,85 @@ def test_evaluation_in_inference_mode_may_come_first(build, method, layerwise, d
     for _ in range(2):
         for batch in loader:
             step(model, batch.x, batch.graph, batch.y).backward()
+
+
+class TakesData(nn.Module):
+    """As many of PyG's examples are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = pyg.GCNConv(6, 8), pyg.GATConv(8, 3, edge_dim=2)
+
+    def forward(self, data):
+        x = self.first(data.x, data.edge_index, data.edge_weight).relu()
+        return self.second(x, data.edge_index, data.edge_attr)
+
+
+def test_a_model_may_take_the_data(data):
+    torch.manual_seed(0)
+    data.edge_weight, data.edge_attr = torch.rand(data.num_edges), torch.rand(data.num_edges, 2)
+    model = TakesData()
+    expected = model(data).detach()
+    vqgnn.convert(model, data, method="gas")
+    torch.testing.assert_close(vqgnn.inference.layerwise(model, data), expected)
+    for batch in vqgnn.BatchLoader(data, batch_size=10):
+        torch.testing.assert_close(model.eval()(batch), expected[batch.n_id])
+
+
+def test_another_default_dtype_changes_nothing(data):
+    def outputs():
+        torch.manual_seed(0)
+        found = []
+        for build in (GCN, GAT):
+            model = build(6, 8, 3, 3).float()
+            vqgnn.convert(model, data, codec="pq:d=4,k=8")
+            for batch in vqgnn.BatchLoader(data, batch_size=10):
+                model(batch.x, batch.graph).square().sum().backward()
+            found += [vqgnn.inference.layerwise(model, data), *(weight.grad for weight in model.parameters())]
+        return found
+
+    outputs()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {tensor.dtype for tensor in outputs()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data.update({"x": data.x.to_sparse()}), r"data\.x is torch\.sparse_coo, .* give data\.x\.to_d"),
+        (lambda data: data.__delattr__("edge_index"), r"data\.edge_index must be .*, got NoneType; of an adj_t"),
+    ],
+)  # fmt: skip
+def test_inputs_that_pyg_takes_are_named(change, message, data):
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        vqgnn.convert(GCN(6, 8, 3, 3), data)
+
+
+def test_arguments_of_another_type_are_named(data):
+    with pytest.raises(ValueError, match=r"model is a Data, not a torch\.nn\.Module; call convert\(model, data\)"):
+        vqgnn.convert(data, GCN(6, 8, 3, 3))
+    with pytest.raises(ValueError, match=r"data is a tuple; give one graph, a torch_geometric\.data\.Data"):
+        vqgnn.convert(GCN(6, 8, 3, 3), (data.x, data.edge_index))
+    model = vqgnn.convert(GAT(6, 8, 2, 3), data)
+    batch = whole(data)
+    with pytest.raises(ValueError, match="return_attention_weights, which a batch does not have"):
+        model.convs[0](batch.x, batch.graph, return_attention_weights=True)
+
+
+def test_a_dead_models_convs_ask_for_nothing(data):
+    model = vqgnn.convert(GCN(6, 8, 2, 3), data)
+    graph = vqgnn.Graph.of(data)
+    before = list(graph.wanted)
+    others = [vqgnn.convert(pyg.Sequential("x, g", [(pyg.TAGConv(6, 3), "x, g -> x")]), data) for _ in range(3)]
+    others.append(vqgnn.convert(GIN(6, 8, 2, 3), data))
+    assert len(list(graph.wanted)) > len(before)
+    (next(iter(vqgnn.BatchLoader(data, 10, edge_dropout=0.5))))  # TAGConv takes none, but nobody runs it
+    del others
+    gc.collect()
+    assert list(graph.wanted) == before
+    vqgnn.convert(model, data, method="drop")
+    assert [name for _, name in graph.wanted] == ["input_messages", "csr"]

@@ -239,3 +239,29 @@ def test_states_of_node_types_are_those_before_dropout(kind):
     assert plain and dropped.keys() == plain.keys()
     for name in plain:
         torch.testing.assert_close(dropped[name], plain[name])
+
+
+def test_a_part_of_what_was_converted_may_be_called(data):
+    class Task(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.gnn = Functional(pyg.GCNConv, p)
+
+        def forward(self, x, graph):
+            return self.gnn(x, graph)
+
+        def training_step(self, batch):
+            return self.gnn(batch.x, batch.graph)
+
+    want = stored(Task(0.0), data)["gnn.second"]
+    for call in (Task.training_step, lambda model, batch: model(batch.x, batch.graph)):
+        torch.testing.assert_close(stored(Task(0.9), data, call)["gnn.second"], want)
+
+
+def test_dropout_called_by_keyword(data):
+    class Keyword(Net):
+        def forward(self, x, edge_index):
+            return self.second(self.dropout(input=self.first(x, edge_index).relu()), edge_index)
+
+    want = stored(Keyword(pyg.GCNConv, 0.0), data)["second"]
+    torch.testing.assert_close(stored(Keyword(pyg.GCNConv, 0.9), data)["second"], want)

@@ -83,3 +83,10 @@ def test_hybrid_trains_in_batches_and_inference_is_the_whole_graphs():
 def test_heads_must_divide_channels():
     with pytest.raises(ValueError, match="heads=4 must divide channels=6"):
         GlobalAttention(6, heads=4)
+
+
+def test_rows_that_overflowed_count_as_zero():
+    module = GlobalAttention(C, H, num_codes=4)
+    module(torch.randn(30, C))
+    module(torch.full((30, C), float("nan")))
+    assert module(torch.randn(30, C)).isfinite().all()

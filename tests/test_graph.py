@@ -165,3 +165,11 @@ def test_what_cannot_be_learnt(name, build):
         model = vqgnn.convert(build(), data, method="full")
         for batch in vqgnn.BatchLoader(data):
             model(batch.x, batch.graph)
+
+
+def test_features_that_are_a_slice_are_copied_once():
+    data = awkward_graph(features=12)
+    data.x = data.x[:, :6]
+    graph = Graph.of(data)
+    assert graph.features is graph.features and graph.features.data.is_contiguous()
+    assert torch.equal(graph.features.data, data.x)

@@ -1,14 +1,18 @@
 """Link prediction: splits, batches, score, and training on real citations."""
 
+import copy
 import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch_geometric.data import Data
 
+import vqgnn
 from vqgnn import LinkLoader, datasets
 from vqgnn.cli import main
 from vqgnn.config import Config, InputError
@@ -404,3 +408,26 @@ def test_citations(shared_data):
     losses = [trainer.train_epoch()["loss"] for _ in range(2)]
     scores = trainer.evaluate()
     assert losses[1] < losses[0] and scores["test_hits"] > 0.05  # drawn scores: 0.01
+
+
+@pytest.mark.parametrize("conv, error", [(pyg.GATConv, 1e-4), (pyg.GATv2Conv, 1e-4)])
+def test_a_node_in_many_batches_is_given_an_attentions_gradients_once(conv, error):
+    """With frozen weights and the same batches their gradients add up to that of all pairs in the whole graph."""
+    data = awkward_graph(80, 240, 6, undirected=True)
+    torch.manual_seed(0)
+    net = pyg.Sequential("x, g", [(conv(6, 8), "x, g -> x"), torch.nn.Tanh(), (conv(8, 8), "x, g -> x")])
+
+    def gradients(method, passes, **options):
+        model = vqgnn.convert(copy.deepcopy(net), data, method=method)
+        loader = LinkLoader(data, data.edge_index, **options)
+        for _ in range(passes):
+            model.zero_grad()
+            loader.set_epoch(0)
+            for batch in loader:
+                first, second = model(batch.x, batch.graph)[batch.pairs]
+                F.binary_cross_entropy_with_logits((first * second).sum(1), batch.labels, reduction="sum").backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    truth = gradients("full", 1, whole=True)
+    assert (gradients("gas", 3, batch_size=40) - truth).norm() > 0.1 * truth.norm()
+    assert (gradients("lmc", 30, batch_size=40) - truth).norm() <= error * truth.norm()

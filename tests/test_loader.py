@@ -118,7 +118,7 @@ def test_tensors_are_the_batch_nodes_rows(load, data, prefetch):
         for key in ("x", "y", "train_mask", "position"):
             assert torch.equal(getattr(batch, key), data[key][batch.n_id]), key
         assert batch.graph.n_id is batch.n_id and batch.n_id.max() < 40
-        assert not hasattr(batch, "edge_index") and not hasattr(batch, "level")
+        assert batch.edge_index is batch.graph and not hasattr(batch, "level")
         assert f"n_id=[{batch.num_nodes}]" in repr(batch)
 
 
@@ -134,7 +134,7 @@ def test_edge_tensors_stay_out_though_there_are_as_many_edges_as_nodes():
     data = awkward_graph(weighted=True)
     data.edge_index, data.edge_weight = data.edge_index[:, :40], data.edge_weight[:40]
     batch = next(iter(BatchLoader(data, batch_size=10)))
-    assert not hasattr(batch, "edge_weight") and not hasattr(batch, "edge_index")
+    assert batch.edge_weight is None and batch.edge_index is batch.graph
 
 
 def test_one_batch_is_the_graph_itself(load, data):
@@ -147,7 +147,7 @@ def test_one_batch_is_the_graph_itself(load, data):
 def test_prefetching_changes_nothing(load, data, sampler):
     convolution = Convolution("gcn")
     graph = Graph.of(data)
-    graph.wanted[convolution, "csr"] = graph.wanted[Convolution("mean"), "input_messages"] = None
+    graph.wanted.add(graph, (convolution, "csr"), (Convolution("mean"), "input_messages"))
     dense = dense_convolution(data, "gcn")
     runs = [load(batch_size=11, sampler=sampler, prefetch=prefetch) for prefetch in (0, 1, 2, 50)]
     for batches in zip(*runs, strict=True):
@@ -184,7 +184,7 @@ def test_the_interpreter_may_end_with_a_pass_under_way(thread):
         from torch_geometric.data import Data
         from vqgnn.graph import Graph
         data = Data(x=torch.randn(20_000, 16), edge_index=torch.randint(20_000, (2, 400_000)))
-        Graph.of(data).wanted[vqgnn.graph.Convolution("sum"), "csr"] = None
+        Graph.of(data).wanted.add(data, (vqgnn.graph.Convolution("sum"), "csr"))
         def use():
             global batches
             batches = iter(vqgnn.BatchLoader(data, batch_size=5_000, prefetch=1))
@@ -268,3 +268,22 @@ def test_two_passes_at_once(load):
 def test_bad_arguments_are_named(load, options, message):
     with pytest.raises(ValueError, match=message):
         load(**options)
+
+
+def test_what_has_no_row_a_node_is_not_brought_and_named(data, load):
+    data.knn_index = torch.zeros(3, 40, dtype=torch.int64)  # PyG: nodes along the last dimension
+    data.train_idx = torch.arange(5)
+    batch = next(iter(load(batch_size=10)))
+    assert batch.y.shape == (10,) and batch.edge_index is batch.graph and batch.edge_attr is None
+    for name in ("knn_index", "train_idx", "to"):
+        with pytest.raises(AttributeError, match=rf"a batch has no '{name}'; it has graph, num_nodes and x, .*y"):
+            getattr(batch, name)
+    assert not hasattr(batch, "__torch_function__")
+
+
+def test_a_pass_goes_on_though_the_thread_that_began_it_has_ended(load):
+    found = []
+    starter = threading.Thread(target=lambda: found.append(iter(load(batch_size=4, prefetch=1))) or next(found[0]))
+    starter.start()
+    starter.join()
+    assert len(list(found[0])) == 9

@@ -270,6 +270,27 @@ def test_other_tensors_of_new_nodes_are_not_known(new):
     model = converted("gcn", data, method="gas")
     with pytest.raises(AttributeError, match=r"new nodes have no 'pe', only x.*put it into data\.x"):
         new_nodes(model, data, *new, forward=lambda model, batch: model(batch.x + batch.pe, batch.graph))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="a batch has no 'nothing'"):
         new_nodes(model, data, *new, forward=lambda model, batch: model(batch.nothing, batch.graph))
     assert len(new_nodes(model, data, *new)) == NEW
+
+
+def test_another_graph_than_the_stores_is_named(new):
+    data = awkward_graph()
+    model, other = converted("gcn", data, method="gas"), awkward_graph(50, 200)
+    with pytest.raises(ValueError, match="converted for a graph of 40 nodes and got a batch of one of 50"):
+        new_nodes(model, other, new[0], new[1] + 10)
+    before = {key: store.data.clone() for key, store in vqgnn.stores(model).items()}
+    with pytest.raises(ValueError, match="the store is of 40 nodes and got rows of 50"):
+        vqgnn.warmup(model, other)
+    assert all(torch.equal(before[key], store.data) for key, store in vqgnn.stores(model).items())
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "graph_norm", "pair_norm"])
+def test_statistics_over_nodes_are_refused(norm, new):
+    data = awkward_graph()
+    model = vqgnn.convert(GCN(6, 8, 2, 3, norm=norm), data, method="gas")
+    with pytest.raises(ValueError, match="GCN takes statistics over all nodes that it sees"):
+        new_nodes(model, data, *new)
+    model = vqgnn.convert(GCN(6, 8, 2, 3, norm="layer_norm", norm_kwargs={"mode": "node"}), data, method="gas")
+    torch.testing.assert_close(new_nodes(model, data, *new), layerwise(model, enlarged(data, *new))[KNOWN:])

@@ -177,8 +177,8 @@ class GATConv(Attention, pyg.GATConv):
 
     def _by_head(self, attention: Tensor) -> Tensor:
         """[heads * out_channels, heads] fp32: z @ it is z's score by head."""
-        by_head = attention[0, :, :, None].float() * torch.eye(self.heads, device=attention.device)[:, None, :]
-        return by_head.flatten(0, 1)
+        eye = torch.eye(self.heads, dtype=torch.float32, device=attention.device)
+        return (attention[0, :, :, None].float() * eye[:, None, :]).flatten(0, 1)
 
 
 class GATv2Conv(Attention, pyg.GATv2Conv):

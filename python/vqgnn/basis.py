@@ -24,8 +24,8 @@ class Basis(nn.Module):
 
     def __init__(self, dim: int, rank: int):
         super().__init__()
-        self.register_buffer("vectors", torch.eye(dim, rank))
-        self.register_buffer("moments", torch.zeros(dim, dim))
+        self.register_buffer("vectors", torch.eye(dim, rank, dtype=torch.float32))
+        self.register_buffer("moments", torch.zeros(dim, dim, dtype=torch.float32))
         self.seen = False  # whether there was a batch; of the host: asking a GPU would stall every step
 
     def get_extra_state(self) -> Tensor:
@@ -58,7 +58,7 @@ class Basis(nn.Module):
         inside.diagonal().add_((inside.trace() * (_RIDGE / len(inside))).clamp_(min=1e-30))
         step = torch.linalg.solve_ex(inside, outside.T)[0].T
         v = v + step / step.norm().clamp(min=1.0)
-        eye = torch.eye(len(inside), device=v.device)
+        eye = torch.eye(len(inside), dtype=v.dtype, device=v.device)
         for _ in range(5):  # Newton-Schulz: the nearest orthonormal vectors, by products alone
             v = v @ torch.addmm(eye, v.T, v, beta=1.5, alpha=-0.5)
         return v

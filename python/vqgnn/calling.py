@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,10 +14,19 @@ from .loader import Batch
 
 
 def call_model(model: nn.Module, batch: Batch | HeteroData) -> Tensor | dict[str, Tensor]:
-    """The default way to call a model on a batch."""
+    """The default way to call a model on a batch: as it is where the model takes a `Data`."""
     if isinstance(batch, HeteroData):
         return model(batch.x_dict, batch.graph_dict)
-    return model(batch.x, batch.graph)
+    return model(batch) if _takes_data(model) else model(batch.x, batch.graph)
+
+
+def _takes_data(model: nn.Module) -> bool:
+    """Whether forward takes one thing, or has a first one that is called so."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = list(inspect.signature(model.forward).parameters.values())
+    first = [parameter.name for parameter in taken if parameter.kind in kinds]
+    alone = len(first) == 1 and not any(parameter.kind == inspect.Parameter.VAR_POSITIONAL for parameter in taken)
+    return alone or first[:1] in (["data"], ["batch"])
 
 
 @contextmanager

@@ -14,6 +14,18 @@ _SEEDS_A_CODE = 4  # rows of it that k-means++ chooses from, a code
 _REVIVE_SHARE = 0.01  # a code used by less than this share of its fair number of rows a batch is dead
 
 
+def finite(x: Tensor) -> Tensor:
+    """x [b, f] with 0 for rows that are not numbers throughout.
+
+    In half precision, and with a scaled loss, a step overflows every now and then and is skipped
+    (torch.amp.GradScaler). What learns by moving averages would not get rid of it, and neighbours would read it.
+    """
+    whole = x.float().sum(1, keepdim=True).isfinite()
+    if whole.device.type == "cpu" and whole.all():  # a GPU would have to be waited for
+        return x
+    return torch.where(whole, x, 0.0)
+
+
 class Codebook(nn.Module):
     """m = ceil(dim / branch_dim) codebooks of K codewords, learnt by exponential moving averages.
 
@@ -60,15 +72,16 @@ class Codebook(nn.Module):
         self.grad_dim = grad_dim if grad else 0  # e
         self.width = branch_dim + self.grad_dim  # dv: channels a branch quantises together
         channels = m * self.width
-        self.register_buffer("codewords", torch.zeros(m, num_codes, self.width))  # whitened
-        self.register_buffer("ema_counts", torch.zeros(m, num_codes))
-        self.register_buffer("ema_sums", torch.zeros(m, num_codes, self.width))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("var", torch.zeros(channels))
+        self.register_buffer("codewords", torch.zeros(m, num_codes, self.width, dtype=torch.float32))  # whitened
+        self.register_buffer("ema_counts", torch.zeros(m, num_codes, dtype=torch.float32))
+        self.register_buffer("ema_sums", torch.zeros(m, num_codes, self.width, dtype=torch.float32))
+        self.register_buffer("mean", torch.zeros(channels, dtype=torch.float32))
+        self.register_buffer("var", torch.zeros(channels, dtype=torch.float32))
         # x_values [m, K, d] and g_values [m, K, e]: the codewords un-whitened, as aggregate reads them
-        self.register_buffer("x_values", torch.zeros(m, num_codes, branch_dim))
-        self.register_buffer("g_values", torch.zeros(m, num_codes, grad_dim) if grad else None)
-        self.register_buffer("square_error", torch.zeros(2, 2))  # of the last batch: [x, g] x [error, norm]
+        self.register_buffer("x_values", torch.zeros(m, num_codes, branch_dim, dtype=torch.float32))
+        self.register_buffer("g_values", torch.zeros(m, num_codes, grad_dim, dtype=torch.float32) if grad else None)
+        # of the last batch: [x, g] x [error, norm]
+        self.register_buffer("square_error", torch.zeros(2, 2, dtype=torch.float32))
         # numbers of the host, kept in the state_dict as extra state: asking a GPU for them would stall every step
         self.updates, self.grad_seen = 0, False
 
@@ -90,8 +103,10 @@ class Codebook(nn.Module):
     def update(self, x: Tensor, g: Tensor | None = None) -> Tensor:
         """Learn from a batch's states x [b, dim] and gradients g [b, dim]; return their codes [b, m].
 
-        The first call takes its codewords from the batch by k-means. Without g the gradient codewords stay as they are.
+        Rows that overflowed count as 0. The first call takes its codewords from the batch by k-means. Without g the
+        gradient codewords stay as they are.
         """
+        x, g = finite(x), None if g is None else finite(g)
         first_grad = g is not None and not self.grad_seen
         if g is not None and self.basis is not None:
             self.basis.update(g)

@@ -105,6 +105,8 @@ def convert(
         ValueError: an unknown option, a conv or an option of one that cannot be converted, or a model without convs.
         OSError: the disk is too full for place="disk".
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module; call convert(model, data)")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     if input not in INPUTS:
@@ -211,10 +213,9 @@ def convert(
     watch_dropout(model)
     fused = [use for conv, use in uses.items() if use.store is not None and not isinstance(conv, GenericConv)]
     reads = [(use.store, use.convolution) for use in fused] if place in ("host", "disk") else []
-    graph.halo_wanted |= any(use.store.in_place for use in fused)
     for conv, use in uses.items():
         conv.store_use, use.reads = use, reads
-        graph.wanted |= dict.fromkeys((use.convolution, name) for name in conv.slices())
+        graph.wanted.set(conv, *((use.convolution, name) for name in conv.slices()))
     if fill and stores(model):
         on_disk = graph.folder is not None
         kept = torch.float16 if on_disk else torch.float32  # rows of all nodes, for this sweep only

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch_geometric.nn import MessagePassing
 
 from .graph import version
 
-_open = threading.local()  # .modes: of the models whose forward runs in this thread
+_open = threading.local()  # .watch: of the model whose forward runs in this thread
 
 
 def watch_dropout(model: nn.Module) -> None:
@@ -20,14 +21,16 @@ def watch_dropout(model: nn.Module) -> None:
     reads with the share that its own rows have had, afresh in every step: as full batch does, and as GNNAutoScale's
     own models do.
 
-    A hook sees an nn.Dropout. F.dropout is seen by a mode that is on while the model's own forward runs, uncompiled.
+    A hook sees an nn.Dropout. F.dropout is seen by a mode that is on while a forward of the model, or of a part of it
+    that has parts, runs uncompiled.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout) and _after_dropout not in module._forward_hooks.values():
-            module.register_forward_hook(_after_dropout)
-    if _begin not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_begin)
-        model.register_forward_hook(_end, always_call=True)
+            module.register_forward_hook(_after_dropout, with_kwargs=True)
+        whole = not isinstance(module, MessagePassing) and next(module.children(), None) is not None
+        if whole and _begin not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_begin)
+            module.register_forward_hook(_end, always_call=True)
 
 
 def dropped(x: Tensor) -> tuple[Tensor, float]:
@@ -60,8 +63,9 @@ def _mark(out: Tensor, x: Tensor, p: float = 0.5, training: bool = True, inplace
         out._before_dropout = x, _version(out), p
 
 
-def _after_dropout(dropout: nn.Dropout, args: tuple[Tensor, ...], out: Tensor) -> None:
-    _mark(out, args[0], dropout.p, dropout.training, dropout.inplace)
+def _after_dropout(dropout: nn.Dropout, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+    x = args[0] if args else kwargs["input"]
+    _mark(out, x, dropout.p, dropout.training, dropout.inplace)
 
 
 class _Watch(TorchFunctionMode):
@@ -78,12 +82,12 @@ class _Watch(TorchFunctionMode):
 
 
 def _begin(model: nn.Module, args: tuple) -> None:
-    if model.training and not torch.compiler.is_compiling():
-        watch = _Watch(model)
-        watch.__enter__()
-        _open.modes = [*getattr(_open, "modes", ()), watch]
+    if model.training and not torch.compiler.is_compiling() and getattr(_open, "watch", None) is None:
+        _open.watch = _Watch(model)
+        _open.watch.__enter__()
 
 
 def _end(model: nn.Module, args: tuple, out: object) -> None:
-    if not torch.compiler.is_compiling() and (modes := getattr(_open, "modes", ())) and modes[-1].model is model:
-        modes.pop().__exit__(None, None, None)
+    if not torch.compiler.is_compiling() and (watch := getattr(_open, "watch", None)) and watch.model is model:
+        _open.watch = None
+        watch.__exit__(None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -43,6 +44,31 @@ class Made:
         return then.keys() == now.keys() and all(
             then[key][0] is now[key][0] and then[key][1] == now[key][1] for key in then
         )
+
+
+class Wanted:
+    """What converted convs need of each batch, as long as they live: convolutions and names of BatchGraph's methods.
+
+    The loader's thread iterates over it while models are converted.
+    """
+
+    def __init__(self):
+        self._of: dict[int, tuple[tuple[Any, str], ...]] = {}
+
+    def add(self, conv: object, *items: tuple[Any, str]) -> None:
+        """`conv` needs these too."""
+        key = id(conv)
+        if key not in self._of:
+            weakref.finalize(conv, self._of.pop, key).atexit = False
+        self._of[key] = tuple(dict.fromkeys((*self._of.get(key, ()), *items)))
+
+    def set(self, conv: object, *items: tuple[Any, str]) -> None:
+        """`conv` needs these alone."""
+        self.add(conv)
+        self._of[id(conv)] = items
+
+    def __iter__(self) -> Iterator[tuple[Any, str]]:
+        return iter(dict.fromkeys(item for items in list(self._of.values()) for item in items))
 
 
 def lasting(method: Callable) -> Callable:
@@ -156,7 +182,8 @@ def _tensors(data: Data) -> dict[str, Tensor]:
 
 def node_tensors(data: Data | NodeStorage) -> dict[str, Tensor]:
     """The tensors of a `Data`, or of a type of a `HeteroData`, with a row a node, without x: what batches bring too."""
-    return {k: v for k, v in data.to_dict().items() if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k)}
+    found = ((k, v) for k, v in data.to_dict().items() if k != "x" and isinstance(v, Tensor) and data.is_node_attr(k))
+    return {k: v for k, v in found if v.size(0) == data.num_nodes}  # else nodes lie along another dimension
 
 
 def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,6 +196,8 @@ def compress(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> tuple[Te
 
 def check_features(name: str, x: Tensor | None, num_nodes: int | None) -> None:
     """Raise a ValueError unless x, called so, is what a graph's features must be."""
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise ValueError(f"{name} is {x.layout}, which is not supported; give {name}.to_dense()")
     if x is None or x.dim() != 2 or x.size(0) != num_nodes:
         came = None if x is None else tuple(x.shape)
         raise ValueError(f"{name} must be [num_nodes={num_nodes}, features], got {came}; give every node features")
@@ -187,7 +216,10 @@ def check_features(name: str, x: Tensor | None, num_nodes: int | None) -> None:
 def check_edge_index(name: str, edge_index: object) -> None:
     if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
         came = getattr(edge_index, "shape", None) or type(edge_index).__name__
-        raise ValueError(f"{name} must be a [2, num_edges] tensor, got {came}; convert it with PyG first")
+        raise ValueError(
+            f"{name} must be a [2, num_edges] tensor, got {came}; of an adj_t make one, by "
+            "torch_geometric.utils.to_edge_index(adj_t.t())"
+        )
     if edge_index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {edge_index.dtype}; convert it with .long()")
 
@@ -258,9 +290,7 @@ class Graph:
         self._products: dict[Convolution, Tensor] = {}
         self._terms: dict[Convolution, list[Tensor]] = {}
         self._edge_features: dict[Convolution, Tensor] = {}
-        # What the converted models need of a batch, by the name of BatchGraph's method.
-        self.wanted: dict[tuple[Convolution, str], None] = {}
-        self.halo_wanted = False  # whether they look up its halo's ids on another device than the graph's
+        self.wanted = Wanted()
         self.recorded: list = []  # what convs made of the graph's edges (generic.Recorded), for others to share
 
     @classmethod
@@ -268,6 +298,8 @@ class Graph:
         """The graph of `data`, built at the first call and anew when its tensors are replaced or changed in place."""
         if isinstance(data, HeteroData):
             raise ValueError("data is a HeteroData, which only convert, BatchLoader, layerwise and warmup take")
+        if not isinstance(data, Data):
+            raise ValueError(f"data is a {type(data).__name__}; give one graph, a torch_geometric.data.Data")
         graph = cls._known.get(data)
         if graph is None or not graph.is_of(data):
             graph = cls._known[data] = cls(data)
@@ -330,7 +362,7 @@ class Graph:
 
     def propagate(self, convolution: Convolution, rows: Rows, start: int, stop: int, dim: int) -> Tensor:
         """Rows start..stop of C X, with X [n, dim] given as a table."""
-        empty = torch.empty(0, dim, device=rows.data.device)
+        empty = torch.empty(0, dim, dtype=torch.float32, device=rows.data.device)
         return kernels.aggregate(empty, self.rows_of(convolution, start, stop), rows)
 
     @lasting
@@ -371,7 +403,7 @@ class Graph:
     def device(self) -> torch.device:
         return self.x.device
 
-    @property
+    @cached_property
     def features(self) -> Rows:
         """The input features as a table of exact rows."""
         return Rows("fp32", self.x.detach().float().contiguous(), None, None)
@@ -433,8 +465,9 @@ class BatchGraph:
     """What a mini-batch knows of the graph: goes where `edge_index` goes.
 
     n_id [b] are the batch's nodes, x [b, f] their input features. `run` is set by layer-wise inference, which then
-    answers for every conv instead of the training store. visit [2], on the host: the number of the loader's pass, which
-    no other pass has, and of the batch in it. edge_dropout: what drops some of its edges; None: all stay.
+    answers for every conv instead of the training store. visit [3], on the host: the number of the loader's pass, which
+    no other pass has, and of the batch in it, and whether nodes may be in several of its batches. edge_dropout: what
+    drops some of its edges; None: all stay.
     """
 
     graph: Graph
@@ -449,8 +482,9 @@ class BatchGraph:
 
     def prepare(self) -> BatchGraph:
         """Slice all that the converted models of this graph need (done by the loader's thread)."""
-        for convolution, method in list(self.graph.wanted):
-            getattr(self, method)(convolution)
+        for convolution, method in self.graph.wanted:
+            if self._droppable(convolution):  # else the model that wants it says so
+                getattr(self, method)(convolution)
         return self
 
     @property
@@ -521,13 +555,15 @@ class BatchGraph:
         rows, scaled = self.edge_dropout.rows, convolution.kind != "attention"
         return rows(csr, self.n_id, scaled), rows(csr_t, self.n_id, scaled, transposed=True)
 
-    def _require_droppable(self, convolution: Convolution) -> None:
-        """Raise a ValueError where the edges that are left would need other weights than those of the whole graph."""
-        if self.edge_dropout is None:
-            return
+    def _droppable(self, convolution: Convolution) -> bool:
+        """Whether the edges that are left need no other weights than those of the whole graph."""
         weighted = any(getattr(convolution, "values", ()))  # by a conv of which PyG's code runs
-        if weighted or getattr(convolution, "kind", None) == "cheb":
-            which = "a conv that weighs the edges itself (SGConv, APPNP)" if weighted else "ChebConv"
+        return self.edge_dropout is None or not (weighted or getattr(convolution, "kind", None) == "cheb")
+
+    def _require_droppable(self, convolution: Convolution) -> None:
+        if not self._droppable(convolution):
+            cheb = getattr(convolution, "kind", None) == "cheb"
+            which = "ChebConv" if cheb else "a conv that weighs the edges itself (SGConv, APPNP)"
             raise ValueError(
                 f"edge_dropout={self.edge_dropout.share} is not for {which}, whose weights are the whole graph's; use "
                 "GCNConv, SAGEConv or an attention, or leave it out"
@@ -703,8 +739,6 @@ class MovedBatch(BatchGraph):
         return self._moved_slices(self._origin.slices(convolution))
 
     def _moved_slices(self, csrs: tuple[CSR, CSR]) -> tuple[CSR, CSR]:
-        if not self.graph.halo_wanted:  # the stores bring its rows
-            csrs = tuple(csr._replace(halo=None) for csr in csrs)
         return self._moved(csrs)
 
     def _make_halo_transpose(self, convolution: Convolution) -> CSR:

@@ -75,8 +75,8 @@ def convert(
     for conv, use in uses.items():
         conv.store_use = use
         slices = "csr" if conv.fixed else "valued_edges" if conv.form.edge_values else "edges"
-        wanted = calls[conv].relation.wanted
-        wanted[use.convolution, "input_messages" if use.input == "precompute" else slices] = None
+        slices = "input_messages" if use.input == "precompute" else slices
+        calls[conv].relation.wanted.set(conv, (use.convolution, slices))
     if fill and any(use.stores() for use in uses.values()):
         fill_stores(model, data, forward)
 

@@ -17,6 +17,7 @@ from .graph import (
     Graph,
     Made,
     Matrix,
+    Wanted,
     check_edge_index,
     check_edge_tensors,
     check_features,
@@ -54,7 +55,7 @@ class Relation(Graph):
         self._products: dict[Convolution, Tensor] = {}
         self._receivers: dict[Convolution, Tensor] = {}
         self._padded: dict[Convolution, tuple[Tensor, Tensor]] = {}
-        self.wanted: dict[tuple[Convolution, str], None] = {}
+        self.wanted = Wanted()
 
     @property
     def num_edges(self) -> int:

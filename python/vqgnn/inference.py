@@ -87,6 +87,15 @@ def layerwise(
 
 
 @torch.no_grad()
+def splits(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> bool:
+    """Whether a converted model may compute some nodes without the others; not with statistics over nodes."""
+    with evaluating(model):
+        sweep = _Sweep(data, None, torch.float32, None, forward, False, quantise=False)
+        sweep.device = device_of(model, data)
+        return sweep._structure(model)[2]
+
+
+@torch.no_grad()
 def warmup(
     model: nn.Module,
     data: Data | HeteroData,
@@ -97,7 +106,7 @@ def warmup(
 ) -> None:
     """Fill the stores of a converted model by one exact forward sweep, codebooks included.
 
-    `convert` does it; do it again after loading other weights. Gradients are unknown before the first step and stay 0.
+    `convert` does it; do it again after loading other weights. Gradients that are kept stay as they are.
     dtype, folder and progress are those of `layerwise`.
     """
 
@@ -206,7 +215,6 @@ class _Sweep:
         # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
         batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
         num_convs, self.chain, splits = self._structure(model)
-        splits &= all(conv.survey.splits for conv in model.modules() if isinstance(conv, GenericConv))
         self.chain &= not self.quantise
         if batch_size < n and not splits:
             if self.batch_size is not None:
@@ -332,6 +340,7 @@ class _Sweep:
             run(part)
             splits &= all(alike(a[part], b) for a, b in zip(together, rows, strict=True))
             rows.clear()
+        splits &= all(conv.survey.splits for conv in model.modules() if isinstance(conv, GenericConv))
         return num_convs, is_chain, splits
 
     def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:

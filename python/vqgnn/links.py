@@ -59,6 +59,9 @@ class LinkLoader(BatchLoader):
         ends = 4 if destinations is None else 3  # of an edge and its drawn pair
         self._num_batches = 1 if whole else min(math.ceil(ends * edges.size(1) / batch_size), edges.size(1))
 
+    def _repeats(self) -> bool:
+        return not self.whole
+
     def _draw(self, epoch: int) -> list[Tensor]:
         """Each batch's pairs [2, p] of nodes; the first half are edges."""
         generator, count = self._generator(epoch), self.edges.size(1)

@@ -30,10 +30,13 @@ _PASSES = itertools.count()  # of all loaders
 class Batch:
     """A mini-batch: `n_id` [b], `graph`, and the node-level tensors of the data (`x`, `y`, masks, ...) of its nodes.
 
-    `loss_weight` [b] is what a node's loss counts where not every node is visited once an epoch; else None.
+    `loss_weight` [b] is what a node's loss counts where not every node is visited once an epoch; else None. For models
+    that take a `Data`, `edge_index` is the graph, which convs take what edges have from: `edge_attr` and `edge_weight`
+    are None.
     """
 
     loss_weight: Tensor | None = None
+    edge_attr = edge_weight = None
 
     def __init__(self, graph: BatchGraph, tensors: dict[str, Tensor]):
         self.__dict__.update(tensors)
@@ -51,6 +54,20 @@ class Batch:
         if n_id.numel() < graph.graph.num_nodes:
             tensors = {name: tensor[n_id.to(tensor.device)] for name, tensor in tensors.items()}
         return cls(graph, {"x": graph.x, **{name: move(tensor) for name, tensor in tensors.items()}})
+
+    @property
+    def edge_index(self) -> BatchGraph:
+        return self.graph
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        there = ", ".join(key for key, value in self.__dict__.items() if isinstance(value, Tensor))
+        raise AttributeError(
+            f"a batch has no {name!r}; it has graph, num_nodes and {there}: of the data what has a row a node, on the "
+            "BatchLoader's device. Make a mask [num_nodes] of an index before the loader, and look up other tensors by "
+            "batch.n_id"
+        )
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k}={list(v.shape)}" for k, v in self.__dict__.items() if isinstance(v, Tensor))
@@ -184,7 +201,11 @@ class BatchLoader:
         batches = self._in_background(build, node_ids) if self.prefetch else map(build, node_ids)
         number = next(_PASSES)
         for i, batch in enumerate(batches):
-            yield self._arrived(batch, torch.tensor([number, i], device="cpu"))
+            yield self._arrived(batch, torch.tensor([number, i, self._repeats()], device="cpu"))
+
+    def _repeats(self) -> bool:
+        """Whether a node may be in several batches of a pass."""
+        return getattr(self._sampler, "loss_weight", None) is not None
 
     def _take_tensors(self) -> None:
         if isinstance(self.data, HeteroData):
@@ -234,7 +255,8 @@ class BatchLoader:
         def wanted() -> bool:
             # An iterator that is not used up lives until the process ends. It must not be in native code then, as a
             # daemon thread would: Python ends such a thread in a way that C++ takes for a crash.
-            return not stop.is_set() and (threading.main_thread() if user.daemon else user).is_alive()
+            alive = threading.main_thread().is_alive() or (not user.daemon and user.is_alive())
+            return alive and not stop.is_set()
 
         def put(item) -> None:
             while wanted():

@@ -11,10 +11,11 @@ from torch_geometric.data import Data, HeteroData
 
 from vqgnn_kernels import Rows
 
+from .calling import call_model, device_of, evaluating
 from .disk_graph import MappedData
 from .generic import GenericConv
-from .graph import BatchGraph, Graph, node_tensors
-from .inference import call_model, device_of, evaluating
+from .graph import BatchGraph, Graph, node_tensors, require_graph
+from .inference import splits
 from .loader import Batch
 from .pyg_code import taken_edge_tensors
 from .store_conv import StoreConv
@@ -120,6 +121,15 @@ def new_nodes(
         raise ValueError(
             "the model keeps no states of the known nodes; convert (train) it with method vq, gas or lmc, or add the "
             "new nodes to the graph and use exact inference"
+        )
+    for use in uses:
+        if use.store is not None:
+            require_graph(use.store.num_nodes, n)
+    if not splits(model, data, forward):
+        raise ValueError(
+            f"{type(model).__name__} takes statistics over all nodes that it sees (GraphNorm, PairNorm, "
+            "LayerNorm(mode='graph'), ...), which new nodes alone do not have; add them to the graph and use "
+            "inference.layerwise"
         )
     device = device_of(model, data)
     known = edge_index[edge_index < n].unique()

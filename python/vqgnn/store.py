@@ -20,7 +20,7 @@ from vqgnn_kernels import CSR, Rows
 
 from . import tables
 from .basis import Basis
-from .codebook import Codebook
+from .codebook import Codebook, finite
 from .places import PLACES
 from .transfer import Ticket, TransferEngine
 
@@ -47,9 +47,9 @@ def _record_fake(handle: int, n_id: Tensor, x: Tensor, g: Tensor, softmax: Tenso
 
 def _exchange(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, visit: Tensor | None) -> Tensor:
     store = _STORES[handle]
-    store.begin(None if visit is None else tuple(visit.tolist()))
+    new = store.begin(None if visit is None else tuple(visit.tolist()))
     store.leave(halo, g)
-    return store.collect(n_id)
+    return store.collect(n_id) if new else g.new_zeros(n_id.numel(), g.size(1))
 
 
 def _exchange_fake(handle: int, halo: Tensor, g: Tensor, n_id: Tensor, visit: Tensor | None) -> Tensor:
@@ -79,18 +79,6 @@ def _exact(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return run
-
-
-def _finite(x: Tensor) -> Tensor:
-    """x [b, f] with 0 for rows that are not numbers throughout.
-
-    In half precision, and with a scaled loss, a step overflows every now and then and is skipped
-    (torch.amp.GradScaler). What learns by moving averages would not get rid of it, and neighbours would read it.
-    """
-    finite = x.float().sum(1, keepdim=True).isfinite()
-    if finite.device.type == "cpu" and finite.all():  # a GPU would have to be waited for
-        return x
-    return torch.where(finite, x, 0.0)
 
 
 @dataclass(frozen=True)
@@ -274,8 +262,10 @@ class NodeStore(nn.Module):
             self.pending_basis = Basis(dim, rank) if rank < dim else None
         for name, table in zip(("pending", "pending_next"), pair, strict=True):
             self.register_buffer(name, table)
-        self.register_buffer("pending_share", torch.ones(()) if pending else None)  # of it that is handed out
-        self._visits: list[tuple[int, int]] = []  # of this epoch's batches that left gradients
+        share = torch.ones((), dtype=torch.float32) if pending else None  # of it that is handed out
+        self.register_buffer("pending_share", share)
+        self.register_buffer("handed", None, persistent=False)  # [n] who has been given it, where nodes come again
+        self._visits: list[tuple[int, int, int]] = []  # of this epoch's batches that left gradients
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -303,7 +293,7 @@ class NodeStore(nn.Module):
 
     def __getstate__(self) -> dict:
         self.flush()
-        return self.__dict__ | {"_engine": None, "_numbers": {}, "_visits": []}  # passes count anew elsewhere
+        return self.__dict__ | {"_engine": None, "_numbers": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -402,7 +392,7 @@ class NodeStore(nn.Module):
         got = {name: ticket.wait() for name, ticket in started.items()}
         rows = rows._replace(data=got["data"], scale=got.get("scale"))
         rows_t = rows._replace(data=got["data_t"], scale=got.get("scale_t")) if "data_t" in got else rows
-        if self.codebook is not None and self.grad:
+        if self.codebook is not None and self.grad and torch.is_grad_enabled():
             grad_rows = grad_rows._replace(data=rows_t.data)
         elif "grad_data" in got:
             grad_rows = grad_rows._replace(data=got["grad_data"], scale=got.get("grad_scale"))
@@ -429,11 +419,11 @@ class NodeStore(nn.Module):
                 )
         if n_id.numel() == 0:
             return
-        n_id, x = n_id.to(self.written.device), _finite(x)
-        if g is not None:
-            g = _finite(g)
-            if softmax is not None:  # the second is <g, M>
-                softmax = torch.cat([softmax[:, :1], softmax[:, 1:].nan_to_num(0.0, 0.0, 0.0)], 1)
+        n_id = n_id.to(self.written.device)
+        if self.codebook is None:
+            x, g = finite(x), None if g is None else finite(g)
+        if g is not None and softmax is not None:  # the second is <g, M>
+            softmax = torch.cat([softmax[:, :1], softmax[:, 1:].nan_to_num(0.0, 0.0, 0.0)], 1)
         value = self.codebook.update(x.float(), None if g is None else g.float()) if self.codebook else x
         self._write("", n_id, value)
         if g is not None and self.grad_data is not None:
@@ -446,26 +436,30 @@ class NodeStore(nn.Module):
         self.step += 1
         self.written[n_id] = self.step.to(torch.int32)
 
-    def begin(self, visit: tuple[int, int] | None) -> None:
-        """Say which pass over the graph, and which batch of it, the next `leave` and `collect` are of.
+    def begin(self, visit: tuple[int, int, int] | None) -> bool:
+        """Say what the next `leave` and `collect` are of (`BatchGraph.visit`); whether it is another visit than before.
 
         With another pass than before, or with a batch that comes again after others, an epoch is over. None is not
         known: the epoch goes on. A node that an epoch was broken off before, or that has no batch in it, does not get
         what was left for it in the epoch before.
         """
-        if visit is None or visit in self._visits[-1:]:
-            return
+        if visit is None:
+            return True
+        if visit in self._visits[-1:]:
+            return False
         if not self._visits or visit[0] != self._visits[-1][0] or visit in self._visits:
             self._turn()
             self._visits = []
+            self.handed = torch.zeros_like(self.written, dtype=torch.bool) if visit[2] else None
         self._visits.append(visit)
+        return True
 
     @_exact
     def leave(self, n_id: Tensor, g: Tensor) -> None:
         """Keep gradients g [h, dim] of states that a batch has read, of different n_id [h], for the next epoch."""
         if n_id.numel() == 0:
             return
-        g = _finite(g).float()
+        g = finite(g).float()
         if self.pending_basis is not None:
             self.pending_basis.update(g)
             g = g @ self.pending_basis.vectors
@@ -474,13 +468,16 @@ class NodeStore(nn.Module):
 
     @_exact
     def collect(self, n_id: Tensor) -> Tensor:
-        """[b, dim] fp32: what the last epoch's batches have left for nodes n_id [b], times `pending_share`.
+        """[b, dim] fp32: what epochs before have left for nodes n_id [b], times `pending_share`; once an epoch.
 
         Of a whole epoch, in which each node was in a batch, it is what a node's neighbours send, once, but for those
         that were in its own batch. Had it been taken since the node's own last batch, some would send twice and some
         not at all, which does more harm than that it is older.
         """
         g = self.pending[n_id].float() * self.pending_share
+        if self.handed is not None:
+            g *= ~self.handed[n_id][:, None]
+            self.handed[n_id] = True
         return g if self.pending_basis is None else g @ self.pending_basis.vectors.T
 
     @_exact
@@ -492,7 +489,7 @@ class NodeStore(nn.Module):
         came again in this epoch (all nodes and all coordinates together): 1 where weights rest, little where steps are
         large or labels few. In full, the loss of long runs rises.
         """
-        products = torch.zeros(2, device=self.pending.device)
+        products = torch.zeros(2, dtype=torch.float32, device=self.pending.device)
         for mean, new in zip(self.pending.split(_FILLED), self.pending_next.split(_FILLED), strict=True):
             mean, new = mean.float().flatten(), new.float().flatten()
             products += torch.stack([mean @ new, mean @ mean])
@@ -506,6 +503,10 @@ class NodeStore(nn.Module):
     def fill(self, rows: Tensor, progress: bool = False) -> None:
         """Push the states of all nodes, rows [n, dim], in random order."""
         n = rows.size(0)
+        if n != self.num_nodes:
+            raise ValueError(
+                f"the store is of {self.num_nodes} nodes and got rows of {n}; convert the model for this graph"
+            )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(rows.device).split(_FILLED)
         for n_id in tqdm(order, disable=not progress, desc="filling a store", leave=False):
             self.push(n_id, rows[n_id].to(self.device, torch.float32))
@@ -554,7 +555,7 @@ class NodeStore(nn.Module):
     def pull_gradients(self) -> Tensor:
         """Decoded gradients [n, dim] fp32 of all nodes; 0 where none are kept."""
         if not self.grad:
-            return torch.zeros(self.num_nodes, self.dim, device=self.device)
+            return torch.zeros(self.num_nodes, self.dim, dtype=torch.float32, device=self.device)
         if self.in_place:
             rows = self.grad_rows
         else:

@@ -140,7 +140,8 @@ class StoreConv:
             return graph.input_messages(use.convolution)
         require_whole(use, graph)
         if use.input is not None:  # attention, or dropout came between, or of edges: the halo is read exactly
-            graph.graph.wanted |= dict.fromkeys((use.convolution, name) for name in self.input_slices)
+            if not torch.compiler.is_compiling():
+                graph.graph.wanted.add(self, *((use.convolution, name) for name in self.input_slices))
             return self.input_messages(x, graph)
         source, query, store = self.state(x), self.message_query(x), use.store
         kept, kept_query = source, query  # what the store is given of them
@@ -239,6 +240,11 @@ def not_converted(conv) -> ValueError:
 
 def require_no_more(conv, args: tuple, kwargs: dict) -> None:
     given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if kwargs.get("return_attention_weights") is not None:
+        raise ValueError(
+            f"{type(conv).__name__} got return_attention_weights, which a batch does not have; leave it out, and "
+            "call the conv on the whole data.edge_index for them"
+        )
     if given:
         name = "edge_attr" if hasattr(conv, "edge_dim") else "edge_weight"
         raise ValueError(

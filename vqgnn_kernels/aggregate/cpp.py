@@ -17,7 +17,7 @@ def aggregate(
     b, f = values.shape
     num_rows = rowptr.shape[0] - 1
     table, kept = as_table(rows)
-    out = torch.empty(num_rows, f)
+    out = torch.empty(num_rows, f, dtype=torch.float32)
     good = _C.aggregate(
         values.data_ptr(), b, f, rowptr.data_ptr(), num_rows, col.data_ptr(), col.shape[0], address(weight),
         address(halo), -1 if halo is None else halo.shape[0], table, dropout,

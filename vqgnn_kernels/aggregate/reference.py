@@ -15,7 +15,7 @@ def aggregate(
     num_rows = csr.rowptr.shape[0] - 1
     row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), csr.rowptr.diff())
     col = csr.col.long()
-    weight = torch.ones(col.shape[0], device=x.device) if csr.weight is None else csr.weight
+    weight = torch.ones(col.shape[0], device=x.device, dtype=torch.float32) if csr.weight is None else csr.weight
     source = x.float()
     if rows is None:
         own = col < x.shape[0]
@@ -28,5 +28,5 @@ def aggregate(
                 unit = unit // rows.codebook.shape[2]
             halo = halo * kept(dropout, seed, torch.arange(len(halo), device=x.device)[:, None], unit)
         source = torch.cat([source, halo])
-    out = torch.zeros(num_rows, x.shape[1], device=x.device)
+    out = torch.zeros(num_rows, x.shape[1], device=x.device, dtype=torch.float32)
     return out.index_add_(0, row, source[col] * weight[:, None]).to(x.dtype)

@@ -19,7 +19,10 @@ def forward(
         csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix
     )
     num_rows = problem["num_rows"]
-    out, lse = torch.empty(num_rows, heads, problem["f"]), torch.empty(num_rows, heads)
+    out, lse = (
+        torch.empty(num_rows, heads, problem["f"], dtype=torch.float32),
+        torch.empty(num_rows, heads, dtype=torch.float32),
+    )
     good = _C.attention_forward(problem, out.data_ptr(), lse.data_ptr())
     del kept
     return (out.to(x.dtype), lse) if good else None
@@ -36,10 +39,10 @@ def backward_rows(
         csr, rows, x.shape[0], key, options,
         x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix, grad_out=grad_out, lse=lse, delta=D,
     )  # fmt: skip
-    grad_query = torch.empty(problem["num_rows"], *query.shape[1:])
-    grad_attention = None if attention is None else torch.empty(heads, problem["f"])
+    grad_query = torch.empty(problem["num_rows"], *query.shape[1:], dtype=torch.float32)
+    grad_attention = None if attention is None else torch.empty(heads, problem["f"], dtype=torch.float32)
     edges = csr.weight if edge_matrix is None else edge_matrix
-    grad_edges = None if edges is None else torch.zeros(edges.shape)  # skipped edges keep theirs
+    grad_edges = None if edges is None else torch.zeros(edges.shape, dtype=torch.float32)  # skipped edges keep theirs
     good = _C.attention_backward_rows(problem, grad_query.data_ptr(), address(grad_attention), address(grad_edges))
     del kept
     return (grad_query, grad_attention, grad_edges) if good else None
@@ -57,8 +60,8 @@ def backward_columns(
         x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix,
         grad_out=grad_out, lse=lse, delta=D, halo_stats=halo_stats,
     )  # fmt: skip
-    grad_x = torch.empty(x.shape)
-    grad_key = None if key is None else torch.empty(x.shape[0], heads)
+    grad_x = torch.empty(x.shape, dtype=torch.float32)
+    grad_key = None if key is None else torch.empty(x.shape[0], heads, dtype=torch.float32)
     good = _C.attention_backward_columns(problem, grad_x.data_ptr(), address(grad_key))
     del kept
     return (grad_x.to(x.dtype), grad_key) if good else None
@@ -68,7 +71,7 @@ def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor | None:
     """None when an n_id is out of range."""
     codes, kept = as_table(rows)
     n_id, table = n_id.contiguous(), table.contiguous()
-    out = torch.empty(n_id.shape[0], table.shape[2])
+    out = torch.empty(n_id.shape[0], table.shape[2], dtype=torch.float32)
     good = _C.code_scores(
         codes, n_id.data_ptr(), n_id.shape[0], table.data_ptr(), table.shape[1], table.shape[2], out.data_ptr()
     )

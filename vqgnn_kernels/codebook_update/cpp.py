@@ -20,8 +20,8 @@ def codebook_stats(
     v, (codes, mean, rstd) = float_rows(v), contiguous(codes, mean, rstd)
     (b, m), K = codes.shape, num_codes
     dv = v.shape[1] // m
-    counts = torch.empty(m, K)
-    sums = torch.empty(m, K, dv)
+    counts = torch.empty(m, K, dtype=torch.float32)
+    sums = torch.empty(m, K, dv, dtype=torch.float32)
     _C.codebook_stats(
         address(v),
         b,

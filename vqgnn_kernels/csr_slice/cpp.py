@@ -28,7 +28,7 @@ def csr_slice_values(rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, values: Te
     """None when rowptr_b is not what csr_slice returns for these nodes."""
     rowptr, nodes = rowptr.contiguous(), nodes.contiguous()
     rowptr_b, values = rowptr_b.contiguous(), values.contiguous()
-    out = torch.empty(max(0, int(rowptr_b[-1])))
+    out = torch.empty(max(0, int(rowptr_b[-1])), dtype=torch.float32)
     good = _C.csr_slice_values(
         rowptr.data_ptr(), rowptr.shape[0] - 1, values.shape[0], nodes.data_ptr(), nodes.shape[0],
         rowptr_b.data_ptr(), out.shape[0], values.data_ptr(), out.data_ptr(),

@@ -15,7 +15,7 @@ def global_attention(
 ) -> tuple[Tensor, Tensor]:
     (b, H, _), V = query.shape, values.shape[2]
     q, (k, k_t, v, _, bias) = _rows(query), _tables(keys, values, counts, scale)
-    out, lse = torch.empty(b, H, v.shape[2]), torch.empty(b, H)
+    out, lse = torch.empty(b, H, v.shape[2], dtype=torch.float32), torch.empty(b, H, dtype=torch.float32)
     _C.global_attention(
         b, H, *k.shape[1:], v.shape[2], *(t.data_ptr() for t in (q, k_t, v, bias, out, lse))
     )  # fmt: skip

@@ -146,7 +146,7 @@ def global_attention(
     inputs, common, sizes = _arguments(query, keys, values, counts, scale)
     b, H = query.shape[:2]
     out = query.new_empty(b, H, values.shape[2])
-    lse = torch.empty(b, H, device=query.device)
+    lse = torch.empty(b, H, device=query.device, dtype=torch.float32)
     _triton.launch(
         global_attention_fwd_kernel,
         lambda blocks: (triton.cdiv(b, blocks["BLOCK_B"]), H),
@@ -169,7 +169,7 @@ def global_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs, common, sizes = _arguments(query, keys, values, counts, scale)
     (b, H), K = query.shape[:2], keys.shape[1]
-    mean = torch.empty(b, H, device=query.device)
+    mean = torch.empty(b, H, device=query.device, dtype=torch.float32)
     rows = {**inputs, "p_lse": lse.contiguous(), "p_grad_out": grad_out.contiguous(), "p_mean": mean}
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     _triton.launch(
@@ -181,7 +181,7 @@ def global_attention_backward(
     )
     # K / BLOCK_K programs a head would leave most of a GPU idle, so parts of the queries go to programs of their own.
     parts = max(1, triton.cdiv(b, PART))
-    grads = [torch.empty(parts, *table.shape, device=query.device) for table in (keys, values)]
+    grads = [torch.empty(parts, *table.shape, device=query.device, dtype=torch.float32) for table in (keys, values)]
     _triton.launch(
         global_attention_bwd_codewords_kernel,
         lambda blocks: (triton.cdiv(K, blocks["BLOCK_K"]), H, parts),

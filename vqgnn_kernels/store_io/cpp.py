@@ -20,7 +20,7 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor | None:
     table, kept = as_table(rows)
     n_id = None if n_id is None else n_id.contiguous()
     k = kept[0].shape[0] if n_id is None else n_id.shape[0]
-    out = torch.empty(k, f)
+    out = torch.empty(k, f, dtype=torch.float32)
     return out if _C.pull_rows(table, address(n_id), k, f, out.data_ptr()) else None
 
 

@@ -36,7 +36,7 @@ def pull_rows(rows: Rows, n_id: Tensor | None, f: int) -> Tensor:
     tensors = {"data": table["p_data"], "scale": table["p_scale"], "codebook": table["p_codebook"]}
     check_reachable({f"rows.{name}": t for name, t in tensors.items()} | {"n_id": n_id})
     k, device = (rows.data.shape[0], rows.data.device) if n_id is None else (n_id.shape[0], n_id.device)
-    out = torch.empty(k, f, device=device)
+    out = torch.empty(k, f, device=device, dtype=torch.float32)
     _triton.launch(
         pull_rows_kernel,
         lambda blocks: (triton.cdiv(k, blocks["BLOCK_R"]),),
