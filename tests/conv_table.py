@@ -153,12 +153,13 @@ def _full(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
 def _epoch(model: nn.Module, data: Data, times: int = 1, batch_size: int = 20) -> tuple[Tensor, Tensor]:
     """Outputs and the sum of gradients of the last of some passes over mini-batches, with frozen weights.
 
-    What an attention's batches leave for other nodes adds up to the truth where batches stay the same.
+    What an attention's batches leave for other nodes adds up to the truth where batches stay the same, and once the
+    first epochs have faded from its mean.
     """
     outputs = torch.empty(data.num_nodes, CLASSES)
     same = any(store.pending is not None for store in vqgnn.stores(model).values())
     loader = vqgnn.BatchLoader(data, batch_size=batch_size, seed=1, shuffle=not same, prefetch=0)
-    for _ in range(times):
+    for _ in range(10 * times if same else times):
         model.zero_grad()
         for batch in loader:
             out = model(batch.x, batch.graph)

@@ -71,6 +71,19 @@ class Wanted:
         return iter(dict.fromkeys(item for items in list(self._of.values()) for item in items))
 
 
+def kept(make: Callable) -> Callable:
+    """For a method of a batch: its result is kept, by its arguments."""
+
+    @wraps(make)
+    def run(self, *args, **options):
+        key = (make.__name__, *args, *options.values())
+        if key not in self._made:
+            self._made[key] = self._make(make, *args, **options)
+        return self._made[key]
+
+    return run
+
+
 def lasting(method: Callable) -> Callable:
     """For a method whose result is kept: made in `torch.inference_mode`, training could not use it."""
 
@@ -278,7 +291,7 @@ class Graph:
         check_edge_index("data.edge_index", edge_index)
         check_features("data.x", data.x, num_nodes)
         check_ids("data.edge_index", edge_index, num_nodes, "data.num_nodes")
-        self.num_nodes = num_nodes
+        self.num_nodes = self.num_sources = num_nodes
         self.edge_index = data.edge_index
         self.edge_weight = edge_weight(data)
         check_edge_tensors("data", data, edge_index.size(1))
@@ -323,8 +336,10 @@ class Graph:
         """[e] the number in `convolution.edges` of each edge in its matrix's rows, or in the transposed one's."""
         if (convolution, transposed) not in self._orders:
             source, target = convolution.edges(self)[0]
-            ends = (source, target) if transposed else (target, source)
-            self._orders[convolution, transposed] = compress(*ends, self.num_nodes, self.num_nodes)[2]
+            ends, sizes = (target, source), (self.num_nodes, self.num_sources)
+            if transposed:
+                ends, sizes = ends[::-1], sizes[::-1]
+            self._orders[convolution, transposed] = compress(*ends, *sizes)[2]
         return self._orders[convolution, transposed]
 
     @lasting
@@ -497,33 +512,6 @@ class BatchGraph:
         """Whether the batch is the graph itself, in its own order."""
         return self.x is self.graph.x
 
-    def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo.
-
-        Of an attention with edge features their weights are these, [e, edge_dim].
-        """
-        return self._once("csr", convolution)
-
-    def slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        """`csr` before edges are dropped."""
-        return self.csr(convolution) if self.edge_dropout is None else self._once("slices", convolution)
-
-    def halo_transpose(self, convolution: Convolution) -> CSR:
-        """[b + h, b]: of the batch's rows of C, by which the halo's rows are given gradients as its own are."""
-        return self._once("halo_transpose", convolution)
-
-    def input_messages(self, convolution: Convolution) -> Tensor:
-        """The batch's rows of C X [b, f]."""
-        return self._once("input_messages", convolution)
-
-    def input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
-        """The batch's rows of `Graph.terms`, each [b, f]."""
-        return self._once("input_terms", convolution)
-
-    def exact_neighbours(self, convolution: Convolution) -> Neighbours:
-        """The batch's neighbours with their given features."""
-        return self._once("exact_neighbours", convolution)
-
     def start(self, reads: list[tuple[NodeStore, Convolution]]) -> None:
         """Begin to bring what `neighbours` will be asked for, in this order."""
         self.started = True
@@ -542,18 +530,30 @@ class BatchGraph:
         """The batch's neighbours with states from a table of all nodes beside the graph; without gradients."""
         return Neighbours(self.csr(convolution)[0], rows)
 
-    def _once(self, name: str, convolution: Convolution) -> Any:
-        if (name, convolution) not in self._made:
-            self._made[name, convolution] = getattr(self, f"_make_{name}")(convolution)
-        return self._made[name, convolution]
+    def _make(self, make: Callable, *args: Any, **options: Any) -> Any:
+        """For `kept`."""
+        return make(self, *args, **options)
 
-    def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+    @kept
+    def csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        """The batch's rows of C and of its transpose: columns < b in the batch, the others in its halo.
+
+        Of an attention with edge features their weights are these, [e, edge_dim].
+        """
         if self.edge_dropout is None:
-            return self._make_slices(convolution)
+            return self._with_features(convolution)
         self._require_droppable(convolution)
         csr, csr_t = self.slices(convolution)
         rows, scaled = self.edge_dropout.rows, convolution.kind != "attention"
         return rows(csr, self.n_id, scaled), rows(csr_t, self.n_id, scaled, transposed=True)
+
+    def slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        """`csr` before edges are dropped."""
+        return self.csr(convolution) if self.edge_dropout is None else self._whole_slices(convolution)
+
+    @kept
+    def _whole_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+        return self._with_features(convolution)
 
     def _droppable(self, convolution: Convolution) -> bool:
         """Whether the edges that are left need no other weights than those of the whole graph."""
@@ -569,7 +569,7 @@ class BatchGraph:
                 "GCNConv, SAGEConv or an attention, or leave it out"
             )
 
-    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+    def _with_features(self, convolution: Convolution) -> tuple[CSR, CSR]:
         forward, transposed = self._sliced(convolution)
         features = self.graph.edge_features(convolution)
         if features is None:
@@ -603,7 +603,9 @@ class BatchGraph:
             weight = kernels.csr_slice_values(rowptr, self.n_id, rowptr_b, weight)
         return CSR(rowptr_b, col_b, weight, halo)
 
-    def _make_halo_transpose(self, convolution: Convolution) -> CSR:
+    @kept
+    def halo_transpose(self, convolution: Convolution) -> CSR:
+        """[b + h, b]: of the batch's rows of C, by which the halo's rows are given gradients as its own are."""
         csr, csr_t = self.csr(convolution)
         if self.whole:
             return csr_t
@@ -614,58 +616,59 @@ class BatchGraph:
         rowptr = torch.searchsorted(csr.col[order], torch.arange(b + h + 1, dtype=torch.int32, device=order.device))
         return CSR(rowptr, row[order], None if csr.weight is None else csr.weight[order], self.n_id.new_empty(0))
 
-    def _make_input_messages(self, convolution: Convolution) -> Tensor:
+    @kept
+    def input_messages(self, convolution: Convolution) -> Tensor:
+        """The batch's rows of C X [b, f]."""
         product = self.graph.product(convolution)
         return product if self.whole else product[self.n_id]
 
-    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+    @kept
+    def input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
+        """The batch's rows of `Graph.terms`, each [b, f]."""
         self._require_droppable(convolution)
         terms = self.graph.terms(convolution)
         return tuple(terms if self.whole else (term[self.n_id] for term in terms))
 
-    def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
+    @kept
+    def exact_neighbours(self, convolution: Convolution) -> Neighbours:
+        """The batch's neighbours with their given features."""
         csr, csr_t = self.csr(convolution)
         return Neighbours(csr, self.graph.features, csr_t)
 
+    @kept
     def edges(self, convolution: Convolution, valued: bool = False) -> BatchEdges:
         """The edges into the batch, `others` being its halo; with valued, their ids too."""
-        key = ("edges", convolution, valued)
-        if key not in self._made:
-            self._require_droppable(convolution)
-            csr = self.slices(convolution)[0]
-            edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
-            if self.edge_dropout is not None:
-                source = torch.cat([self.n_id, csr.halo])[edges[0]]
-                edges = edges[:, self.edge_dropout.keeps(source, self.n_id[edges[1]])]
-            order = self.graph.order(convolution) if valued else None
-            self._made[key] = BatchEdges(edges[:2], csr.halo, None if order is None else order[edges[2]])
-        return self._made[key]
+        self._require_droppable(convolution)
+        csr = self.slices(convolution)[0]
+        edges = self._edge_index(self.graph.matrix(convolution).rowptr, self.n_id, csr.rowptr, csr.col)
+        if self.edge_dropout is not None:
+            source = torch.cat([self.n_id, csr.halo])[edges[0]]
+            edges = edges[:, self.edge_dropout.keeps(source, self.n_id[edges[1]])]
+        order = self.graph.order(convolution) if valued else None
+        return BatchEdges(edges[:2], csr.halo, None if order is None else order[edges[2]])
 
     def valued_edges(self, convolution: Convolution) -> BatchEdges:
         return self.edges(convolution, valued=True)
 
+    @kept
     def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
         """The out-of-batch nodes [d] that the batch sends to, and the edges into them.
 
         From the batch alone, which then stands behind them as `others`, or with all_sources from every node. None of
         these edges is dropped: by them come kept gradients.
         """
-        key = ("edges_out", convolution, all_sources, valued)
-        if key not in self._made:
-            matrix, csr = self.graph.matrix(convolution), self.slices(convolution)[1]
-            targets = csr.halo
-            if all_sources:
-                rowptr, col, others = kernels.csr_slice(matrix.rowptr, matrix.col, targets)
-                edges = self._edge_index(matrix.rowptr, targets, rowptr, col)
-            else:
-                others, b = self.n_id, self.n_id.numel()
-                edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
-                target, source, place = edges[:, edges[0] >= b]
-                edges = torch.stack([source + targets.numel(), target - b, place])
-            order = self.graph.order(convolution, transposed=not all_sources) if valued else None
-            edges = BatchEdges(edges[:2], others, None if order is None else order[edges[2]])
-            self._made[key] = targets, edges
-        return self._made[key]
+        matrix, csr = self.graph.matrix(convolution), self.slices(convolution)[1]
+        targets = csr.halo
+        if all_sources:
+            rowptr, col, others = kernels.csr_slice(matrix.rowptr, matrix.col, targets)
+            edges = self._edge_index(matrix.rowptr, targets, rowptr, col)
+        else:
+            others, b = self.n_id, self.n_id.numel()
+            edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
+            target, source, place = edges[:, edges[0] >= b]
+            edges = torch.stack([source + targets.numel(), target - b, place])
+        order = self.graph.order(convolution, transposed=not all_sources) if valued else None
+        return targets, BatchEdges(edges[:2], others, None if order is None else order[edges[2]])
 
     def _edge_index(self, rowptr: Tensor, nodes: Tensor, rowptr_b: Tensor, col_b: Tensor) -> Tensor:
         """[3, e] column, row and place in the graph's matrix of the edges of `nodes`, cut out as rowptr_b and col_b."""
@@ -674,11 +677,16 @@ class BatchGraph:
         place = (rowptr[nodes] - rowptr_b[:-1])[row] + torch.arange(e, device=col_b.device)
         return torch.stack([col_b.long(), row, place])
 
+    @property
+    def source_id(self) -> Tensor:
+        """[b] the batch's nodes that messages come from."""
+        return self.n_id
+
     @cached_property
     def position(self) -> Tensor:
-        """[n] where each node stands in the batch, -1 outside it."""
-        position = torch.full((self.graph.num_nodes,), -1, device=self.n_id.device)
-        position[self.n_id] = torch.arange(self.n_id.numel(), device=self.n_id.device)
+        """[num_sources] where each node that messages come from stands in the batch, -1 outside it."""
+        position = torch.full((self.graph.num_sources,), -1, device=self.n_id.device)
+        position[self.source_id] = torch.arange(self.source_id.numel(), device=self.n_id.device)
         return position
 
     def __getattr__(self, name: str):
@@ -728,31 +736,16 @@ class MovedBatch(BatchGraph):
             if id(value) not in self._copies:
                 self._copies[id(value)] = value, self._copy(value)  # kept, so that nothing else gets its id
             return self._copies[id(value)][1]
-        if isinstance(value, Rows | CSR | Neighbours):
-            return type(value)(*map(self._moved, value))
-        return tuple(map(self._moved, value)) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            moved = map(self._moved, value)
+            return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        return value
 
-    def _make_csr(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        return self._moved_slices(self._origin.csr(convolution))
-
-    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
-        return self._moved_slices(self._origin.slices(convolution))
-
-    def _moved_slices(self, csrs: tuple[CSR, CSR]) -> tuple[CSR, CSR]:
-        return self._moved(csrs)
-
-    def _make_halo_transpose(self, convolution: Convolution) -> CSR:
-        return self._moved(self._origin.halo_transpose(convolution))
-
-    def _make_input_messages(self, convolution: Convolution) -> Tensor:
-        return self._moved(self._origin.input_messages(convolution))
-
-    def _make_input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:
-        return self._moved(self._origin.input_terms(convolution))
-
-    def _make_exact_neighbours(self, convolution: Convolution) -> Neighbours:
-        csr_t = self.csr(convolution)[1]
-        return self.read(self.graph.features, convolution)._replace(csr_t=csr_t._replace(halo=None))
+    def _make(self, make: Callable, *args: Any, **options: Any) -> Any:
+        if make.__name__ == "exact_neighbours":  # of the halo's features only the rows are moved
+            csr_t = self.csr(*args)[1]
+            return self.read(self.graph.features, *args)._replace(csr_t=csr_t._replace(halo=None))
+        return self._moved(getattr(self._origin, make.__name__)(*args, **options))
 
     def read(self, rows: Rows, convolution: Convolution) -> Neighbours:
         halo = self._origin.csr(convolution)[0].halo

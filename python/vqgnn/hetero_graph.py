@@ -22,9 +22,9 @@ from .graph import (
     check_edge_tensors,
     check_features,
     check_ids,
-    compress,
     edge_tensors,
     edge_weight,
+    kept,
     lasting,
     node_tensors,
 )
@@ -92,15 +92,6 @@ class Relation(Graph):
         self.matrix(convolution)
         return self._padded[convolution]
 
-    def order(self, convolution: Convolution, transposed: bool = False) -> Tensor:
-        if (convolution, transposed) not in self._orders:
-            source, target = convolution.edges(self)[0]
-            ends, sizes = (target, source), (self.num_nodes, self.num_sources)
-            if transposed:
-                ends, sizes = ends[::-1], sizes[::-1]
-            self._orders[convolution, transposed] = compress(*ends, *sizes)[2]
-        return self._orders[convolution, transposed]
-
 
 class BatchRelation(BatchGraph):
     """What a mini-batch knows of one edge type: goes where that type's `edge_index` goes.
@@ -111,67 +102,55 @@ class BatchRelation(BatchGraph):
 
     def __init__(self, graph: Relation, n_id: Tensor, x: Tensor, source_id: Tensor, run: object | None = None):
         super().__init__(graph, n_id, x, run)
-        self.source_id = source_id
+        self._source_id = source_id
 
     def __repr__(self) -> str:
         return f"BatchRelation(sources={self.source_id.numel()}, targets={self.n_id.numel()})"
 
-    def _make_slices(self, convolution: Convolution) -> tuple[CSR, CSR]:
+    @property
+    def source_id(self) -> Tensor:
+        return self._source_id
+
+    def _with_features(self, convolution: Convolution) -> tuple[CSR, CSR]:
         if self.whole:
-            return super()._make_slices(convolution)
+            return super()._with_features(convolution)
         m, (rowptr, rowptr_t) = self.graph.matrix(convolution), self.graph.padded(convolution)
         return (
             _slice(rowptr, self.graph.num_sources, m.col, m.weight, self.n_id, self.source_id),
             _slice(rowptr_t, self.graph.num_nodes, m.col_t, m.weight_t, self.source_id, self.n_id),
         )
 
+    @kept
     def receivers(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
         """Those of the batch's targets that are among the relation's receivers, and which of them: both [k]."""
-        return self._once("receivers", convolution)
-
-    def _make_receivers(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
         among = self.graph.receivers(convolution)
         own = (self.graph.matrix(convolution).rowptr.diff()[self.n_id] > 0).nonzero().flatten()
         return own, torch.searchsorted(among, self.n_id[own])
 
+    @kept
     def outside_receivers(self, convolution: Convolution) -> Tensor:
         """Which of the relation's receivers the transposed matrix's halo is [h]."""
-        return self._once("outside_receivers", convolution)
-
-    def _make_outside_receivers(self, convolution: Convolution) -> Tensor:
         return torch.searchsorted(self.graph.receivers(convolution), self.csr(convolution)[1].halo)
 
+    @kept
     def edges_out(self, convolution: Convolution, all_sources: bool, valued: bool = False) -> tuple[Tensor, BatchEdges]:
         """As BatchGraph's; where targets are no sources, only `others` send."""
         if self.graph.square:
             return super().edges_out(convolution, all_sources, valued)
-        key = ("edges_out", convolution, all_sources, valued)
-        if key not in self._made:
-            matrix, csr = self.graph.matrix(convolution), self.csr(convolution)[1]
-            targets, b = csr.halo, self.n_id.numel()
-            if all_sources:
-                rowptr = self.graph.padded(convolution)[0]
-                rows = _slice(rowptr, self.graph.num_sources, matrix.col, None, targets, targets[:0])
-                others = rows.halo
-                source, target, place = self._edge_index(matrix.rowptr, targets, rows.rowptr, rows.col)
-            else:
-                others = self.source_id
-                edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
-                target, source, place = edges[:, edges[0] >= b]
-                target = target - b
-            order = self.graph.order(convolution, transposed=not all_sources) if valued else None
-            ids = None if order is None else order[place]
-            self._made[key] = targets, BatchEdges(torch.stack([source, target]), others, ids)
-        return self._made[key]
-
-    @property
-    def position(self) -> Tensor:
-        """[n_source] where each source stands in the batch, -1 outside it."""
-        if "position" not in self._made:
-            position = torch.full((self.graph.num_sources,), -1, device=self.n_id.device)
-            position[self.source_id] = torch.arange(self.source_id.numel(), device=self.n_id.device)
-            self._made["position"] = position
-        return self._made["position"]
+        matrix, csr = self.graph.matrix(convolution), self.csr(convolution)[1]
+        targets, b = csr.halo, self.n_id.numel()
+        if all_sources:
+            rowptr = self.graph.padded(convolution)[0]
+            rows = _slice(rowptr, self.graph.num_sources, matrix.col, None, targets, targets[:0])
+            others = rows.halo
+            source, target, place = self._edge_index(matrix.rowptr, targets, rows.rowptr, rows.col)
+        else:
+            others = self.source_id
+            edges = self._edge_index(matrix.rowptr_t, others, csr.rowptr, csr.col)
+            target, source, place = edges[:, edges[0] >= b]
+            target = target - b
+        order = self.graph.order(convolution, transposed=not all_sources) if valued else None
+        return targets, BatchEdges(torch.stack([source, target]), others, None if order is None else order[place])
 
 
 def _slice(rowptr: Tensor, padding: int, col: Tensor, weight: Tensor | None, rows: Tensor, columns: Tensor) -> CSR:
