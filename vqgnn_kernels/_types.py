@@ -49,6 +49,11 @@ class Rows(NamedTuple):
     codebook: Tensor | None = None
 
 
+def bundled(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
+    """Of the eight op arguments of a matrix and its table; codec "" says that there is no table."""
+    return CSR(rowptr, col, weight, halo), Rows(codec, data, scale, codebook) if codec else None
+
+
 def check_csr(name: str, csr: CSR) -> int:
     """Number of rows; raise ValueError unless the dtypes and shapes are those of a CSR."""
     check_tensor(f"{name}.rowptr", csr.rowptr, (torch.int64,), (None,))

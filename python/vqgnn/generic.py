@@ -45,7 +45,7 @@ from .pyg_code import (
     unflat,
 )
 from .store import NodeStore
-from .store_conv import StoreConv, require_whole
+from .store_conv import StoreConv, not_converted, require_whole
 from .survey import Hop, Survey, settle_again
 
 
@@ -135,7 +135,7 @@ def _on_batch(conv: GenericConv, args: tuple, kwargs: dict):
     if hasattr(run, "survey"):
         return run.survey(conv, given)
     if conv.survey is None:
-        raise ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
+        raise not_converted(conv)
     settle_again(conv, given)
     with uncached(conv):
         return _train(conv, given) if run is None else _sweep(conv, given)

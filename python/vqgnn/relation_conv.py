@@ -32,7 +32,7 @@ from .hetero_graph import BatchRelation, EdgeType, Relation
 from .nn import CONVS
 from .pyg_code import Stop, flat, frozen_statistics, has_message_hooks, taken_edge_tensors
 from .store import Neighbours, NodeStore
-from .store_conv import StoreConv, StoreUse, require_whole
+from .store_conv import StoreConv, StoreUse, not_converted, require_whole
 
 GIVEN_EDGES = Convolution("sum")  # the relation's edges as they are
 FUSED = (pyg.GCNConv, pyg.SAGEConv, pyg.GINConv)  # one product C X of the sources, then what is theirs of the targets
@@ -178,7 +178,7 @@ def _on_batch(conv: RelationConv, source: Tensor, target: Tensor, graph: BatchRe
     if graph.run is not None:
         return graph.run(conv, source, target, graph)
     if conv.store_use is None:
-        raise ValueError(f"{type(conv).__name__} got a batch graph before vqgnn.convert; convert the model first")
+        raise not_converted(conv)
     require_whole(conv.store_use, graph)
     _require_same(conv.store_use, graph)
     if conv.fixed:

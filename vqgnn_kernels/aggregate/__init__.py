@@ -6,7 +6,7 @@ from torch import Tensor
 from .._backend import implementation
 from .._dropout import check_dropout, seed_tensor
 from .._library import register, register_autograd
-from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
+from .._types import CSR, FLOATS, Rows, bundled, check_csr, check_entries, check_rows, check_tensor
 from . import reference
 
 __all__ = ["CSR", "Rows", "aggregate"]
@@ -84,12 +84,8 @@ def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
     return (*(csr or (None,) * 4), *(rows or ("", None, None, None)))
 
 
-def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
-    return CSR(rowptr, col, weight, halo), Rows(codec, data, scale, codebook) if codec else None
-
-
 def _impl(x, *args):
-    csr, rows = _bundle(*args[:8])
+    csr, rows = bundled(*args[:8])
     kernels = implementation(__name__, x, *args)
     if kernels is not reference:
         out = kernels.aggregate(x, csr, rows, *args[17:])

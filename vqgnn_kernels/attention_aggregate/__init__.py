@@ -6,7 +6,7 @@ from torch import Tensor
 from .._backend import implementation
 from .._dropout import check_dropout, seed_tensor
 from .._library import register, register_autograd
-from .._types import CSR, FLOATS, Rows, check_csr, check_entries, check_rows, check_tensor
+from .._types import CSR, FLOATS, Rows, bundled, check_csr, check_entries, check_rows, check_tensor
 from ..store_io import pull_rows
 from . import reference
 
@@ -220,12 +220,8 @@ def _flat(csr: CSR | None, rows: Rows | None) -> tuple:
     return (rowptr, col, None if weight is None else weight.float(), halo, *(rows or ("", None, None, None)))
 
 
-def _bundle(rowptr, col, weight, halo, codec, data, scale, codebook) -> tuple[CSR, Rows | None]:
-    return CSR(rowptr, col, weight, halo), Rows(codec, data, scale, codebook) if codec else None
-
-
 def _forward_impl(x, *args):
-    (csr, rows), operands = _bundle(*args[:8]), args[17:]
+    (csr, rows), operands = bundled(*args[:8]), args[17:]
     kernels = implementation(__name__, x, *args)
     if kernels is not reference:
         result = kernels.forward(x, csr, rows, *operands)
@@ -242,7 +238,7 @@ def _forward_fake(x, rowptr, *args):
 
 
 def _rows_impl(grad_out, D, lse, x, *args):
-    (csr, rows), operands = _bundle(*args[:8]), args[8:]
+    (csr, rows), operands = bundled(*args[:8]), args[8:]
     kernels = implementation(__name__, x, grad_out, *args)
     result = None
     if kernels is not reference:
@@ -261,7 +257,7 @@ def _rows_fake(grad_out, D, lse, x, rowptr, *args):
 
 
 def _columns_impl(grad_out, D, lse, x, *args):
-    (csr_t, grad_rows), constants = _bundle(*args[:8]), args[8:]
+    (csr_t, grad_rows), constants = bundled(*args[:8]), args[8:]
     kernels = implementation(__name__, x, grad_out, *args)
     result = None
     if kernels is not reference:
