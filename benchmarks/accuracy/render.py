@@ -455,8 +455,8 @@ def _bytes_of_state(table: Table) -> list[str] | None:
     (least, where), (most, best) = min(ratios), max(ratios)
     return [
         "state at most 1/8 of fp32 histories",
-        f"{node} bytes a node and layer (codes and their age), 1/{dense / node:.1f}; GAT, with gradients of two "
-        f"epochs, {attention}, 1/{dense / attention:.1f}; with the codebooks, which a small graph cannot share out, "
+        f"{node} bytes a node and layer (codes and their age), 1/{dense / node:.1f}; GAT, with gradients left for "
+        f"nodes, {attention}, 1/{dense / attention:.1f}; with the codebooks, which a small graph cannot share out, "
         f"1/{least:.1f} ({where}) to 1/{most:.1f} ({best})",
         f"{_verdict(dense / node >= 8)}; GAT: {_verdict(dense / attention >= 8)}",
     ]
