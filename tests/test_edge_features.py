@@ -132,7 +132,7 @@ def test_settled_rows_and_gradients_are_the_whole_graphs(v2, undirected):
     def epochs(grad):
         vqgnn.convert(model, data, method="lmc", grad=grad, fill=False)
         assert fused(model)
-        for _ in range(6):
+        for _ in range(40 if grad else 6):  # of what is left for other nodes the first epochs fade from the mean
             model.zero_grad()
             for batch in batches(data):
                 out = model(batch.x, batch.graph)
@@ -244,10 +244,10 @@ def test_error_bounds_see_them(v2):
 
 def test_convs_alike_share_the_features_of_edges():
     data = graph()
-    vqgnn.convert(gat(False), data, method="gas")
+    model = vqgnn.convert(gat(False), data, method="gas")
     assert len(Graph.of(data)._edge_features) == 1
-    batch = next(iter(batches(data)))
-    assert {key[0] for key in batch.graph._made} == {"halo_transpose", "csr", "exact_neighbours"}
+    batch = next(iter(batches(data)))  # has what the model wants, as long as it lives
+    assert fused(model) and {key[0] for key in batch.graph._made} == {"halo_transpose", "csr", "exact_neighbours"}
 
 
 @pytest.mark.parametrize("edge_dim", [None, D])
