@@ -446,7 +446,7 @@ def test_a_dead_models_convs_ask_for_nothing(data):
     others = [vqgnn.convert(pyg.Sequential("x, g", [(pyg.TAGConv(6, 3), "x, g -> x")]), data) for _ in range(3)]
     others.append(vqgnn.convert(GIN(6, 8, 2, 3), data))
     assert len(list(graph.wanted)) > len(before)
-    (next(iter(vqgnn.BatchLoader(data, 10, edge_dropout=0.5))))  # TAGConv takes none, but nobody runs it
+    next(iter(vqgnn.BatchLoader(data, 10, edge_dropout=0.5)))  # TAGConv takes none, but nobody runs it
     del others
     gc.collect()
     assert list(graph.wanted) == before

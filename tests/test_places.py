@@ -338,6 +338,20 @@ def test_a_file_that_may_not_grow(tmp_path, limit, words):
     assert "Traceback" not in errors
 
 
+def test_a_checkpoint_from_before_places(run, tmp_path, capsys):
+    """Runs of earlier versions have neither the option nor the checkpoint's generation."""
+    old = tmp_path / "old"
+    assert main(["train", *SMALL, "--epochs", "2", "--out", str(old)]) == 0
+    config = json.loads((old / "config.json").read_text())
+    del config["place"]
+    (old / "config.json").write_text(json.dumps(config))
+    state = torch.load(old / "checkpoint.pt", weights_only=True)
+    del state["generation"], state["config"]["place"]
+    torch.save(state, old / "checkpoint.pt")
+    assert main(["evaluate", str(old)]) == 0
+    assert main(["train", "--resume", "--out", str(old)]) == 0
+
+
 def test_state_moves_between_places(run, monkeypatch, capsys):
     """With --place auto a run may go on in memory that began on disk."""
     monkeypatch.setattr(memory, "available", lambda device: None)

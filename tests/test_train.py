@@ -122,12 +122,20 @@ def test_norm_statistics_of_an_evaluation(options, exact, monkeypatch):
     assert bool(calls) == exact
 
 
-def test_where_no_residual_is_added():
-    """Layers with a linear map of the node's own row get no second one."""
+def test_where_no_residual_is_added(tmp_path):
+    """Layers with a linear map of the node's own row get no second one; runs older than the option had none."""
     links = train.build_model(Config(**SMALL, task="link"), 5, 4)
     assert type(links.convs[0]).__name__ == "GCNConv"
     assert type(make(model="sage").model.convs[0]).__name__ == "SAGEConv"
-    assert type(make(residual=False).model.convs[0]).__name__ == "GCNConv"
+    plain = make(residual=False)
+    assert type(plain.model.convs[0]).__name__ == "GCNConv"
+    old = json.loads(plain.config.to_json())
+    del old["residual"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert Config.read(tmp_path / "config.json") == plain.config
+    state = plain.state_dict()
+    del state["config"]["residual"]
+    plain.load_state_dict(state)
 
 
 def test_dropout_of_attention_is_its_own_option():

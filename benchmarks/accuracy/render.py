@@ -539,16 +539,15 @@ of all; the other peers were not. Differences are over the seeds that both have.
 **Tuning budget**: the step sizes 0.01 and 0.003 at seed 0 (cora and pubmed, which have 500 nodes to validate with: the
 mean over the seeds that both were run at), the better by validation goes on; SGC has 0.01, 0.1 and 0.3, VQ-GNN as
 published its own 0.003, and all methods of a model one on coauthor-physics (0.003) and ogbn-arxiv-ranks35 (0.01, GAT
-0.003)
-(`benchmarks/accuracy/settings.py`). †: one step size was run where others were to be tried. Peers are PyG's loaders and
-convs trained by the same loop, so that averaged weights and the schedule are theirs too; SIGN has BatchNorm everywhere.
+0.003; `benchmarks/accuracy/settings.py`). †: one step size was run where others were to be tried. Peers are PyG's
+loaders and convs trained by the same loop, so that averaged weights and the schedule are theirs too; SIGN has BatchNorm
+everywhere.
 LMC on our kernels has its two compensations with stored rows alone (its beta is 0); with "halo mixed" it is as
 published: a batch computes its halo's rows too, from those neighbours that it has, and mixes them with their histories,
 beta being the share of a row's edges that the batch has. "80 % of the edges dropped" is DropEdge in training, other
 edges in every epoch. VQ-GNN as published keeps a set's model and dropout and has K = 256; its paper has none and K =
 1024. ogbn-arxiv-ranks35 has one to three seeds: full batch takes 21 to 83 CPU minutes a run there. GAS and LMC run on
-our
-kernels; of GAT, GAS keeps a layer's input as ours does. Rows made on an AMD EPYC are older (no stability, no CPU
+our kernels; of GAT, GAS keeps a layer's input as ours does. Rows made on an AMD EPYC are older (no stability, no CPU
 seconds)."""
 
 LESSONS = {

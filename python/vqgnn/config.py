@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 _RANDOM, _LEARNED = "random:", "learned:"
 _METRICS = {"node": ("auto", "auc"), "link": ("auto", "hits", "mrr", "recall")}
+BEFORE = {"residual": False}  # of runs that are older than an option: what it was then, where not its default
 ATTENTIONS = ("gat", "gatv2", "transformer", "hybrid")  # the models with heads
 
 
@@ -236,7 +237,7 @@ class Config:
     def read(cls, path: Path) -> "Config":
         """The config of a run folder; an InputError when it is damaged or of another version."""
         try:
-            values = json.loads(path.read_text())
+            values = BEFORE | json.loads(path.read_text())
             for f in fields(cls):
                 if f.name in values and not _is_one(values[f.name], f.type):
                     raise TypeError(f"{f.name} is {values[f.name]!r}")

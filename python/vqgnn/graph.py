@@ -677,7 +677,7 @@ class BatchGraph:
         place = (rowptr[nodes] - rowptr_b[:-1])[row] + torch.arange(e, device=col_b.device)
         return torch.stack([col_b.long(), row, place])
 
-    @property
+    @cached_property
     def source_id(self) -> Tensor:
         """[b] the batch's nodes that messages come from."""
         return self.n_id
@@ -742,10 +742,16 @@ class MovedBatch(BatchGraph):
         return value
 
     def _make(self, make: Callable, *args: Any, **options: Any) -> Any:
-        if make.__name__ == "exact_neighbours":  # of the halo's features only the rows are moved
-            csr_t = self.csr(*args)[1]
-            return self.read(self.graph.features, *args)._replace(csr_t=csr_t._replace(halo=None))
+        """The origin's, moved, but for what this class makes itself."""
+        if make.__name__ in vars(type(self)):
+            return make(self, *args, **options)
         return self._moved(getattr(self._origin, make.__name__)(*args, **options))
+
+    @kept
+    def exact_neighbours(self, convolution: Convolution) -> Neighbours:
+        """As BatchGraph's; of the features only the halo's rows are moved."""
+        csr_t = self.csr(convolution)[1]
+        return self.read(self.graph.features, convolution)._replace(csr_t=csr_t._replace(halo=None))
 
     def read(self, rows: Rows, convolution: Convolution) -> Neighbours:
         halo = self._origin.csr(convolution)[0].halo

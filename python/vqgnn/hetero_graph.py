@@ -102,14 +102,10 @@ class BatchRelation(BatchGraph):
 
     def __init__(self, graph: Relation, n_id: Tensor, x: Tensor, source_id: Tensor, run: object | None = None):
         super().__init__(graph, n_id, x, run)
-        self._source_id = source_id
+        self.source_id = source_id
 
     def __repr__(self) -> str:
         return f"BatchRelation(sources={self.source_id.numel()}, targets={self.n_id.numel()})"
-
-    @property
-    def source_id(self) -> Tensor:
-        return self._source_id
 
     def _with_features(self, convolution: Convolution) -> tuple[CSR, CSR]:
         if self.whole:

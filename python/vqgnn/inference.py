@@ -87,7 +87,7 @@ def layerwise(
 
 
 @torch.no_grad()
-def splits(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> bool:
+def can_split(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch], Tensor] = call_model) -> bool:
     """Whether a converted model may compute some nodes without the others; not with statistics over nodes."""
     with evaluating(model):
         sweep = _Sweep(data, None, torch.float32, None, forward, False, quantise=False)

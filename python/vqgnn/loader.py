@@ -199,9 +199,9 @@ class BatchLoader:
         self._epoch += 1
         build = partial(self._build, dropout=dropout)
         batches = self._in_background(build, node_ids) if self.prefetch else map(build, node_ids)
-        number = next(_PASSES)
+        number, repeats = next(_PASSES), self._repeats()
         for i, batch in enumerate(batches):
-            yield self._arrived(batch, torch.tensor([number, i, self._repeats()], device="cpu"))
+            yield self._arrived(batch, torch.tensor([number, i, repeats], device="cpu"))
 
     def _repeats(self) -> bool:
         """Whether a node may be in several batches of a pass."""

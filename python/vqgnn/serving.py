@@ -15,7 +15,7 @@ from .calling import call_model, device_of, evaluating
 from .disk_graph import MappedData
 from .generic import GenericConv
 from .graph import BatchGraph, Graph, node_tensors, require_graph
-from .inference import splits
+from .inference import can_split
 from .loader import Batch
 from .pyg_code import taken_edge_tensors
 from .store_conv import StoreConv
@@ -125,7 +125,7 @@ def new_nodes(
     for use in uses:
         if use.store is not None:
             require_graph(use.store.num_nodes, n)
-    if not splits(model, data, forward):
+    if not can_split(model, data, forward):
         raise ValueError(
             f"{type(model).__name__} takes statistics over all nodes that it sees (GraphNorm, PairNorm, "
             "LayerNorm(mode='graph'), ...), which new nodes alone do not have; add them to the graph and use "

@@ -265,7 +265,7 @@ class NodeStore(nn.Module):
         share = torch.ones((), dtype=torch.float32) if pending else None  # of it that is handed out
         self.register_buffer("pending_share", share)
         self.register_buffer("handed", None, persistent=False)  # [n] who has been given it, where nodes come again
-        self._visits: list[tuple[int, int, int]] = []  # of this epoch's batches that left gradients
+        self._visits: dict[tuple[int, int, int], None] = {}  # of this epoch's batches that left gradients, in order
         written = zeros(num_nodes, dtype=torch.int32).fill_(_NEVER)
         self.register_buffer("written", written)  # step of the last push
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -445,13 +445,14 @@ class NodeStore(nn.Module):
         """
         if visit is None:
             return True
-        if visit in self._visits[-1:]:
+        last = next(reversed(self._visits), None)
+        if visit == last:
             return False
-        if not self._visits or visit[0] != self._visits[-1][0] or visit in self._visits:
+        if last is None or visit[0] != last[0] or visit in self._visits:
             self._turn()
-            self._visits = []
+            self._visits = {}
             self.handed = torch.zeros_like(self.written, dtype=torch.bool) if visit[2] else None
-        self._visits.append(visit)
+        self._visits[visit] = None
         return True
 
     @_exact

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import memory
 from .averaging import MovingAverage
-from .config import ATTENTIONS, Config, InputError
+from .config import ATTENTIONS, BEFORE, Config, InputError
 from .conversion import METHODS, convert, stores
 from .datasets import Dataset
 from .disk_graph import MappedData
@@ -271,7 +271,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any], run: Run | None = None) -> None:
         """Go on from a checkpoint; `run` has the tables that it names, if they were on disk."""
-        if state["config"] != asdict(self.config):
+        if not _same_config(state["config"], self.config):
             raise InputError("the checkpoint was made with another config than the run's config.json; start a new run")
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
@@ -531,6 +531,11 @@ def _without_tables(store: NodeStore) -> dict[str, Any]:
     """A store's state; without its tables where they lie on disk."""
     left_out = store.tables if store.place == "disk" else ()
     return {key: value for key, value in store.state_dict().items() if key not in left_out}
+
+
+def _same_config(saved: dict[str, Any], config: Config) -> bool:
+    """Whether a checkpoint's config is the run's, whose options may be newer than the checkpoint."""
+    return {**{f.name: f.default for f in fields(Config)}, **BEFORE, **saved} == asdict(config)
 
 
 def _store_health(stats: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -19,10 +19,8 @@ def forward(
         csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix
     )
     num_rows = problem["num_rows"]
-    out, lse = (
-        torch.empty(num_rows, heads, problem["f"], dtype=torch.float32),
-        torch.empty(num_rows, heads, dtype=torch.float32),
-    )
+    out = torch.empty(num_rows, heads, problem["f"], dtype=torch.float32)
+    lse = torch.empty(num_rows, heads, dtype=torch.float32)
     good = _C.attention_forward(problem, out.data_ptr(), lse.data_ptr())
     del kept
     return (out.to(x.dtype), lse) if good else None
