@@ -189,6 +189,7 @@ def test_the_interpreter_may_end_with_a_pass_under_way(thread):
             global batches
             batches = iter(vqgnn.BatchLoader(data, batch_size=5_000, prefetch=1))
             next(batches)
+            assert [t.daemon for t in threading.enumerate() if t.name == "vqgnn-loader"] == [False]
         if "{thread}" == "none":
             use()
         else:

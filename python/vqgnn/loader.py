@@ -276,7 +276,8 @@ class BatchLoader:
             except BaseException as error:
                 put(error)
 
-        thread = threading.Thread(target=work, name="vqgnn-loader")
+        # daemon=False: one that a daemon thread begins would else be a daemon too
+        thread = threading.Thread(target=work, name="vqgnn-loader", daemon=False)
         thread.start()
         try:
             for _ in node_ids:
