@@ -331,7 +331,6 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
   p.score = mode == "additive" ? vqgnn::Score::additive : mode == "dot" ? vqgnn::Score::dot : vqgnn::Score::gatv2;
   p.heads = integer("heads");
   p.f = integer("f");
-  p.split = fields["split"].cast<bool>();
   p.slope = fields["slope"].cast<float>();
   p.scale = fields["scale"].cast<float>();
   p.dropout = as_dropout(fields["dropout"].cast<double>(), fields["seed"].cast<uint32_t>());
@@ -360,7 +359,7 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
   require(!p.edges || (p.score == vqgnn::Score::additive && !p.edge_matrix) ||
               (p.score == vqgnn::Score::gatv2 && (p.edge_matrix || p.edge_dim * p.f == 0)),
           "edges do not go with the mode");
-  p.table = as_table(fields["table"], table_of_gradients || p.split ? p.heads * p.f : p.f);
+  p.table = as_table(fields["table"], p.heads * p.f);
   require(p.rowptr && (p.col || p.num_edges == 0), "an address is null");
   require(p.table.codec < vqgnn::Codec::pq8 || p.table.codebook || p.table.num_rows == 0, "codes need a codebook");
   return p;

@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -171,8 +172,11 @@ def test_batches_are_built_ahead_but_not_far(load):
     loader._build = lambda n_id, **options: built.append(n_id) or build(n_id, **options)
     batches = iter(loader)
     next(batches)
-    threading.Event().wait(0.3)
-    assert 2 <= len(built) <= 4  # the one taken, two in the queue, one in the builder's hands
+    deadline = time.monotonic() + 60
+    while len(built) < 4 and time.monotonic() < deadline:  # the one taken, two in the queue, one in the builder's hands
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(built) == 4
     batches.close()
     assert not loader_threads()
 

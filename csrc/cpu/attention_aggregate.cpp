@@ -58,7 +58,7 @@ VQGNN_INLINE float dot(const float* a, const float* b, int64_t n) {
 template <Score score>
 VQGNN_INLINE float edge_score(const Problem& p, const float* x, const float* query, const float* key, int64_t h) {
   if constexpr (score == Score::additive) return leaky(key[h] + query[h], p.slope);
-  if (p.split) x += h * p.f;
+  x += h * p.f;
   query += h * p.f;
   if constexpr (score == Score::dot) return p.scale * dot(query, x, p.f);
   const float* attention = p.attention + h * p.f;
@@ -228,7 +228,7 @@ bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* l
   std::fill(block.total.begin(), block.total.end(), 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill<edges>(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, heads * f, e, p.rowptr[i + 1], block);
     const int count = block.count;
     if (count == 0) continue;
     for (int k = 0; k < count; ++k) {
@@ -257,7 +257,7 @@ bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* l
         weight[k] = value * keep[k];
       }
       block.total[h] += total;
-      add_rows(out + h * f, f, block.row, p.split ? h * f : 0, weight, count);
+      add_rows(out + h * f, f, block.row, h * f, weight, count);
     }
   }
   for (int64_t h = 0; h < heads; ++h) {
@@ -281,14 +281,14 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
   std::fill(grad_query, grad_query + query_width, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill<edges>(p, p.x, p.split ? heads * f : f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, heads * f, e, p.rowptr[i + 1], block);
     const int count = block.count;
     if constexpr (edges) {
       for (int k = 0; k < count; ++k) ask<score>(p, block, k, query);
     }
     fill_keep(p, block, [=](uint32_t column) { return mix(row_chain ^ column); });
     for (int64_t h = 0; h < heads; ++h) {
-      const int64_t offset = p.split ? h * f : 0;
+      const int64_t offset = h * f;
       const float* grad = p.grad_out + (i * heads + h) * f;
       const float lse = p.lse[i * heads + h], delta = p.delta[i * heads + h];
       float* ds = block.ds.data() + h * kBlock;
@@ -341,7 +341,7 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
 
 template <Score score, bool edges>
 bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, float* grad_key) {
-  const int64_t heads = p.heads, f = p.f, width = p.split ? heads * f : f;
+  const int64_t heads = p.heads, f = p.f, width = heads * f;
   const int64_t query_width = heads * (score == Score::additive ? 1 : f);
   const float* x = p.x + j * width;
   const float* key = score == Score::additive ? p.key + j * heads : nullptr;
@@ -366,7 +366,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
     }
     fill_keep(p, block, [=](uint32_t i) { return mix(mix(first ^ i) ^ uint32_t(j)); });
     for (int64_t h = 0; h < heads; ++h) {
-      const int64_t offset = p.split ? h * f : 0;
+      const int64_t offset = h * f;
       float* ds = block.ds.data() + h * kBlock;
       float* weight = block.p.data() + h * kBlock;
       float* keep = block.keep.data() + h * kBlock;
@@ -405,7 +405,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
 template <Score score, bool edges>
 bool forward(const Problem& p, float* out, float* lse) {
   const int64_t heads = p.heads, f = p.f;
-  return for_rows(p, p.split ? heads * f : f, kChunkRows, [&](int64_t i, int64_t, Block& block) {
+  return for_rows(p, heads * f, kChunkRows, [&](int64_t i, int64_t, Block& block) {
     return forward_row<score, edges>(p, i, block, out + i * heads * f, lse + i * heads);
   });
 }
@@ -417,7 +417,7 @@ bool backward_rows(const Problem& p, float* grad_query, float* grad_attention, f
   const int64_t chunk_rows = score == Score::gatv2 ? part_rows : kChunkRows;
   const int64_t edge_size = edges && score == Score::gatv2 ? p.edge_dim * size : 0;
   std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0), edge_parts(kParts * edge_size);
-  const bool good = for_rows(p, p.split ? size : p.f, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
+  const bool good = for_rows(p, size, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
     float* grads = score == Score::gatv2 ? edge_parts.data() + part * edge_size : grad_edges;
     return backward_row<score, edges>(p, i, block, grad_query + i * query_width, parts.data() + part * size, grads);
   });
@@ -430,7 +430,7 @@ bool backward_rows(const Problem& p, float* grad_query, float* grad_attention, f
 
 template <Score score, bool edges>
 bool backward_columns(const Problem& p, float* grad_x, float* grad_key) {
-  const int64_t heads = p.heads, width = p.split ? heads * p.f : p.f;
+  const int64_t heads = p.heads, width = heads * p.f;
   return for_rows(p, heads * p.f, kChunkRows, [&](int64_t j, int64_t, Block& block) {
     return backward_column<score, edges>(p, j, block, grad_x + j * width, grad_key ? grad_key + j * heads : nullptr);
   });

@@ -14,7 +14,6 @@ enum class Score { additive, dot, gatv2 };
 struct AttentionProblem {
   Score score;
   int64_t heads, f;           // f: columns of one head
-  bool split;                 // x has heads * f columns, f a head; else f columns, which every head reads
   float slope, scale;
   Dropout dropout;            // of attention weights: the hash of (seed, destination, source, head)
 
@@ -28,7 +27,7 @@ struct AttentionProblem {
   int64_t num_own;            // columns below are the batch's own: rows of x, or of grad_out
   int64_t max_columns;        // rows of the per-column operand, key or query: no column may reach it
 
-  const float* x;             // [b, f or heads * f]
+  const float* x;             // [b, heads, f]
   const float* query;         // additive: [.., heads], else [.., heads, f]; indexed by destination
   const float* key;           // additive: [.., heads], indexed by source
   const float* attention;     // gatv2: [heads, f]

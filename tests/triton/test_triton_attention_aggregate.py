@@ -27,11 +27,11 @@ def random_rows(codec, width, device, **options):
 
 
 def check(
-    device, mode, split, codec, features, *, heads=2, r=5, b=4, h=6, h_t=3, edges=20, dtype=torch.float32, dropout=0.0,
+    device, mode, codec, features, *, heads=2, r=5, b=4, h=6, h_t=3, edges=20, dtype=torch.float32, dropout=0.0,
     grad_codec="fp16", halo=True, tolerance=1e-4, edge_dim=None, **table,
 ):  # fmt: skip
     """Values and every gradient against reference.py; csr and csr_t are unrelated: the kernels read one at a time."""
-    w = heads * features if split else features
+    w = heads * features
     if not halo:
         h = h_t = TABLE
     rows, grad_rows = random_rows(codec, w, device, **table), random_rows(grad_codec, heads * features, device)
@@ -52,10 +52,10 @@ def check(
             matrix = torch.randn(edge_dim, heads, features, device=device, requires_grad=True)
     seed = torch.tensor(2**32 - 7, device=device)
     out, lse = attention_aggregate(
-        x, csr, query, key, heads=heads, mode=mode, split=split, rows=rows, csr_t=csr_t, grad_rows=grad_rows,
+        x, csr, query, key, heads=heads, mode=mode, rows=rows, csr_t=csr_t, grad_rows=grad_rows,
         halo_stats=stats, attention=attention, edge_matrix=matrix, dropout=dropout, seed=seed, **OPTIONS,
     )  # fmt: skip
-    options = (mode, heads, split, *OPTIONS.values(), dropout, seed)
+    options = (mode, heads, *OPTIONS.values(), dropout, seed)
     with torch.no_grad():
         want, want_lse = truth.forward(x, csr, rows, query, key, attention, matrix, *options)
     assert out.dtype == dtype and lse.dtype == torch.float32
@@ -82,52 +82,52 @@ def check(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
-@pytest.mark.parametrize("split", [True, False], ids=["split", "shared"])
 @pytest.mark.parametrize("mode", ["additive", "dot", "gatv2"])
-def test_modes(device, mode, split, dropout):
-    check(device, mode, split, "pq8", 8, dropout=dropout)
+def test_modes(device, mode, dropout):
+    check(device, mode, "pq8", 8, dropout=dropout)
 
 
 @pytest.mark.parametrize("codec", ["none", "pq8"])
 @pytest.mark.parametrize("edge_dim", [1, 5, 9])  # 9: two programs share the gradient of the matrix
-@pytest.mark.parametrize(("mode", "split"), [("additive", True), ("gatv2", True), ("gatv2", False)])
-def test_edge_features(device, mode, split, edge_dim, codec):
-    check(device, mode, split, codec, 5, grad_codec=codec, edge_dim=edge_dim, dropout=0.3, tolerance=1e-3)
+@pytest.mark.parametrize("mode", ["additive", "gatv2"])
+def test_edge_features(device, mode, edge_dim, codec):
+    check(device, mode, codec, 5, grad_codec=codec, edge_dim=edge_dim, dropout=0.3, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("features", [8, 5, 1])  # a head's columns begin at a codeword, inside one, inside a byte
 @pytest.mark.parametrize("codec", ["none", "fp32", "fp16", "int8", "int4", "pq8", "pq16"])
 def test_codecs(device, codec, features):
-    check(device, "gatv2", True, codec, features, grad_codec=codec, r=3, b=3, edges=12)
+    check(device, "gatv2", codec, features, grad_codec=codec, r=3, b=3, edges=12)
 
 
+@pytest.mark.parametrize("heads", [1, 3])  # of one, columns are read codeword by codeword
 @pytest.mark.parametrize("codec", ["int4", "pq8"])
-def test_shared_columns_of_odd_width(device, codec):
-    check(device, "dot", False, codec, 7, grad_codec=codec, heads=3, d=3, num_codes=1)
+def test_odd_width(device, codec, heads):
+    check(device, "dot", codec, 7, grad_codec=codec, heads=heads, d=3, num_codes=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(device, dtype):
-    check(device, "gatv2", True, "pq8", 8, dtype=dtype, tolerance=2e-2)
+    check(device, "gatv2", "pq8", 8, dtype=dtype, tolerance=2e-2)
 
 
 def test_no_halo_map(device):
-    check(device, "additive", True, "fp32", 4, halo=False)
+    check(device, "additive", "fp32", 4, halo=False)
 
 
-@pytest.mark.parametrize(("mode", "split"), [("additive", True), ("gatv2", True), ("additive", False), ("dot", False)])
-def test_split_rows(device, monkeypatch, mode, split):
+@pytest.mark.parametrize("mode", ["additive", "dot", "gatv2"])
+def test_split_rows(device, monkeypatch, mode):
     """Rows of some 10 edges: parts before and after their chunks, and chunks that two rows share."""
     monkeypatch.setattr(_chunks, "CHUNK", 4)
     edge_dim = None if mode == "dot" else 3
-    check(device, mode, split, "pq8", 5, r=4, b=3, edges=30, dropout=0.2, tolerance=1e-3, edge_dim=edge_dim)
+    check(device, mode, "pq8", 5, r=4, b=3, edges=30, dropout=0.2, tolerance=1e-3, edge_dim=edge_dim)
 
 
 def test_row_longer_than_the_shipped_chunk(device, monkeypatch):
     for kernel in ("fwd", "bwd_rows", "bwd_columns"):
         tile = _tiles.Tile({"BLOCK_E": 128}, why="test")
         monkeypatch.setitem(_tiles.TILES, f"attention_aggregate_{kernel}_kernel", (tile,))
-    check(device, "gatv2", True, "int8", 4, heads=1, r=1, b=1, edges=1100, grad_codec="int8", tolerance=1e-2)
+    check(device, "gatv2", "int8", 4, heads=1, r=1, b=1, edges=1100, grad_codec="int8", tolerance=1e-2)
 
 
 def test_a_chunk_of_skipped_edges(device, monkeypatch):
@@ -142,25 +142,25 @@ def test_a_chunk_of_skipped_edges(device, monkeypatch):
 
 @pytest.mark.parametrize("features", [40, 70, 300])
 def test_every_shipped_tile(device, features):
-    check(device, "dot", True, "int8", features, heads=1, r=2, b=2, edges=21, tolerance=1e-3)
+    check(device, "dot", "int8", features, heads=1, r=2, b=2, edges=21, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("features", [40, 300, 1100])
 def test_every_shipped_tile_of_edge_features(device, features):
-    check(device, "gatv2", True, "int8", features, heads=1, r=2, b=2, edges=21, edge_dim=3, tolerance=1e-2)
+    check(device, "gatv2", "int8", features, heads=1, r=2, b=2, edges=21, edge_dim=3, tolerance=1e-2)
 
 
 def test_partial_sums_of_attention(device, monkeypatch):
     from vqgnn_kernels.attention_aggregate import triton as kernels
 
     monkeypatch.setattr(kernels, "_ROWS_PER_PARTIAL", 2)
-    check(device, "gatv2", True, "none", 4, r=5, b=3, edge_dim=3)
+    check(device, "gatv2", "none", 4, r=5, b=3, edge_dim=3)
 
 
 @pytest.mark.parametrize(("r", "b"), [(1, 1), (0, 3), (3, 0)], ids=str)
 def test_small_shapes(device, r, b):
     for mode, edge_dim in (("additive", None), ("additive", 2), ("gatv2", 2)):
-        check(device, mode, True, "fp32", 4, r=r, b=b, edges=0 if 0 in (r, b) else 5, edge_dim=edge_dim)
+        check(device, mode, "fp32", 4, r=r, b=b, edges=0 if 0 in (r, b) else 5, edge_dim=edge_dim)
 
 
 def test_gradients_reach_every_input(device, monkeypatch):

@@ -25,7 +25,6 @@ def attention_aggregate(
     *,
     heads: int,
     mode: str,
-    split: bool = True,
     rows: Rows | None = None,
     csr_t: CSR | None = None,
     grad_rows: Rows | None = None,
@@ -48,7 +47,7 @@ def attention_aggregate(
     To the query of an edge (i, j), an edge with features adds
         "additive":         csr.weight[ij, h], a matrix product of its features that the caller makes: [e, H] is small
         "gatv2":            sum_d csr.weight[ij, d] edge_matrix[d, h], made edge by edge: [e, H, F] would not be
-    A row of x or of a table serves as key and as value: x_jh is its columns h*F .. (h+1)*F (split) or all of it.
+    A row of x or of a table serves as key and as value: x_jh is its columns h*F .. (h+1)*F.
 
     The gradient of x and key is exact over the batch's own rows. Out-of-batch destinations join it as constants: their
     output gradients from grad_rows, their softmax from halo_stats, their queries from query (equation 7's second term
@@ -57,7 +56,7 @@ def attention_aggregate(
     Second derivatives do not exist.
 
     Args:
-        x: [b, w] fp32/fp16/bf16, the batch's own rows, w = H*F (split) or F.
+        x: [b, w] fp32/fp16/bf16, the batch's own rows, w = H*F.
         csr: r rows; columns < b are rows of x, the others are halo entries. Its weight is None or, of edges with
             features, [e, H] ("additive") or [e, D] ("gatv2").
         query: [r + h_t, H] ("additive") or [r + h_t, H, F]; the rows from r on belong to csr_t's halo and get no
@@ -85,7 +84,7 @@ def attention_aggregate(
         ValueError: wrong dtype, shape or argument, csr_t missing, or, on CPU back-ends, a column or halo entry out of
             range. On CUDA looking for these would need a synchronisation; such edges are skipped.
     """
-    num_rows, b, w = _check_forward(x, csr, query, key, heads, mode, split, rows, attention, edge_matrix, dropout)
+    num_rows, b, w = _check_forward(x, csr, query, key, heads, mode, rows, attention, edge_matrix, dropout)
     wants_columns = x.requires_grad or (key is not None and key.requires_grad)
     if csr_t is None:
         if wants_columns and torch.is_grad_enabled():
@@ -99,7 +98,7 @@ def attention_aggregate(
             raise ValueError("csr and csr_t must both have a weight, or none: what their edges bring to the scores")
         _check_edges("csr_t", csr_t, mode, heads, edge_matrix)
     if grad_rows is not None:
-        check_rows("grad_rows", grad_rows, heads * w if not split else w)
+        check_rows("grad_rows", grad_rows, w)
         num_halo = _num_halo(csr_t, grad_rows)
         if query.shape[0] != num_rows + num_halo:
             raise ValueError(
@@ -113,7 +112,7 @@ def attention_aggregate(
     out, lse = _attention_aggregate(
         x, *_flat(csr, rows), *_flat(csr_t, grad_rows), halo_stats, query.float(),
         *(None if t is None else t.float() for t in (key, attention, edge_matrix)),
-        mode, heads, split, negative_slope, scale, dropout, seed,
+        mode, heads, negative_slope, scale, dropout, seed,
     )  # fmt: skip
     return out, lse.detach()
 
@@ -163,18 +162,16 @@ def row_scores(rows: Rows, n_id: Tensor, weight: Tensor) -> Tensor:
     return _row_scores(*rows, n_id, weight.detach())
 
 
-def _check_forward(
-    x, csr, query, key, heads, mode, split, rows, attention, edge_matrix, dropout
-) -> tuple[int, int, int]:
+def _check_forward(x, csr, query, key, heads, mode, rows, attention, edge_matrix, dropout) -> tuple[int, int, int]:
     """(r, b, w) of valid arguments."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
     check_dropout(dropout)
     check_tensor("x", x, FLOATS, (None, None))
     b, w = x.shape
-    if heads < 1 or (split and w % heads):
-        raise ValueError(f"heads={heads} must be at least 1 and, with split=True, divide x's {w} columns")
-    features = w // heads if split else w
+    if heads < 1 or w % heads:
+        raise ValueError(f"heads={heads} must be at least 1 and divide x's {w} columns")
+    features = w // heads
     num_rows = check_csr("csr", csr._replace(weight=None))
     if edge_matrix is not None:
         check_tensor("edge_matrix", edge_matrix, FLOATS, (None, heads, features))
@@ -232,8 +229,8 @@ def _forward_impl(x, *args):
 
 
 def _forward_fake(x, rowptr, *args):
-    heads, split = args[21], args[22]
-    num_rows, features = rowptr.shape[0] - 1, x.shape[1] // heads if split else x.shape[1]
+    heads = args[21]
+    num_rows, features = rowptr.shape[0] - 1, x.shape[1] // heads
     return x.new_empty(num_rows, heads, features), x.new_empty(num_rows, heads, dtype=torch.float32)
 
 
@@ -351,7 +348,7 @@ _MATRIX = (
     " Tensor? codebook,"
 )
 _OPTIONS = (
-    " Tensor query, Tensor? key, Tensor? attention, Tensor? edge_matrix, str mode, int heads, bool split,"
+    " Tensor query, Tensor? key, Tensor? attention, Tensor? edge_matrix, str mode, int heads,"
     " float negative_slope, float scale, float dropout, Tensor seed)"
 )
 _attention_aggregate = register(

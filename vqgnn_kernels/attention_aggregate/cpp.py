@@ -11,10 +11,10 @@ from ..store_io.cpp import address, as_table
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
-    options = (mode, heads, split, slope, scale, dropout, seed)
+    options = (mode, heads, slope, scale, dropout, seed)
     problem, kept = _problem(
         csr, rows, x.shape[0], key, options, x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix
     )
@@ -29,10 +29,10 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
-    options = (mode, heads, split, slope, scale, dropout, seed)
+    options = (mode, heads, slope, scale, dropout, seed)
     problem, kept = _problem(
         csr, rows, x.shape[0], key, options,
         x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix, grad_out=grad_out, lse=lse, delta=D,
@@ -49,10 +49,10 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """None when rowptr, col or halo holds an entry out of range."""
-    options = (mode, heads, split, slope, scale, dropout, seed)
+    options = (mode, heads, slope, scale, dropout, seed)
     problem, kept = _problem(
         csr_t, grad_rows, grad_out.shape[0], query, options,
         x=x, query=query, key=key, attention=attention, edge_matrix=edge_matrix,
@@ -84,14 +84,14 @@ def _problem(
 
     by_column: the operand (key or query) with a row for every column of csr.
     """
-    mode, heads, split, slope, scale, dropout, seed = options
+    mode, heads, slope, scale, dropout, seed = options
     rowptr, col, halo = contiguous(csr.rowptr, csr.col, csr.halo)
     table, kept = as_table(rows)
     operands["edges"] = csr.weight
     operands = {name: None if t is None else t.float().contiguous() for name, t in operands.items()}
     width = operands["x"].shape[1]
     problem = {
-        "mode": mode, "heads": heads, "f": width // heads if split else width, "split": split,
+        "mode": mode, "heads": heads, "f": width // heads,
         "slope": slope, "scale": scale, "dropout": dropout, "seed": int(seed) & 0xFFFFFFFF,
         "rowptr": rowptr.data_ptr(), "num_rows": rowptr.shape[0] - 1, "col": col.data_ptr(), "num_edges": col.shape[0],
         "halo": address(halo), "num_halo": -1 if halo is None else halo.shape[0], "table": table,

@@ -11,11 +11,11 @@ from ..store_io.reference import pull_rows
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [r, H, F] of x's dtype, lse [r, H] fp32."""
     i, j, kept, num_rows = _edges(csr, None if rows else x.shape[0])
-    source = _source(x, csr, rows, heads, split)[j]
+    source = _source(x, csr, rows, heads)[j]
     asked = _asked(query[i], csr.weight, kept, edge_matrix)
     score, _ = _score(asked, None if key is None else key[j], source, attention, mode, slope, scale)
     top = score.new_full((num_rows, heads), -torch.inf).scatter_reduce(0, i[:, None].expand_as(score), score, "amax")
@@ -28,14 +28,14 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """grad_query [r, H(, F)], grad_attention [H, F] or None, grad_edge or None; D [r, H] = <grad_out, out>.
 
     grad_edge: of csr.weight [e, H] ("additive") or of edge_matrix [D, H, F] ("gatv2").
     """
     i, j, kept, num_rows = _edges(csr, None if rows else x.shape[0])
-    source = _source(x, csr, rows, heads, split)[j]
+    source = _source(x, csr, rows, heads)[j]
     asked = _asked(query[i], csr.weight, kept, edge_matrix)
     score, inner = _score(asked, None if key is None else key[j], source, attention, mode, slope, scale)
     p = (score - lse[i]).exp()
@@ -56,7 +56,7 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """grad_x [b, w] of x's dtype, grad_key [b, H] or None."""
     r, (b, w) = grad_out.shape[0], x.shape
@@ -67,7 +67,7 @@ def backward_columns(
         grad = torch.cat([grad, stored.view(-1, *grad.shape[1:])])
         lse, D = torch.cat([lse, halo_stats[:, 0]]), torch.cat([D, halo_stats[:, 1]])
     grad = grad[i]
-    source = _heads(x.float(), heads, split)[j]
+    source = _heads(x.float(), heads)[j]
     asked = _asked(query[i], csr_t.weight, kept, edge_matrix)
     score, inner = _score(asked, None if key is None else key[j], source, attention, mode, slope, scale)
     p = (score - lse[i]).clamp(max=0).exp()  # a stored lse may be older than the score
@@ -75,7 +75,7 @@ def backward_columns(
     ds = p * (mask * (grad * source).sum(2) - D[i])
     by_query, by_source = _score_gradient(ds, inner, asked, source, attention, mode, slope, scale)
     by_edge = (p * mask)[:, :, None] * grad + by_source
-    grad_x = by_edge.new_zeros(b, w).index_add(0, j, by_edge.flatten(1) if split else by_edge.sum(1))
+    grad_x = by_edge.new_zeros(b, w).index_add(0, j, by_edge.flatten(1))
     # d s / d key is d s / d query: the score sees their sum.
     grad_key = by_query.new_zeros(b, heads).index_add(0, j, by_query) if mode == "additive" else None
     return grad_x.to(x.dtype), grad_key
@@ -104,15 +104,15 @@ def _asked(query: Tensor, weight: Tensor | None, kept: Tensor, edge_matrix: Tens
     return query + (weight[kept] if edge_matrix is None else torch.einsum("ed,dhf->ehf", weight[kept], edge_matrix))
 
 
-def _source(x: Tensor, csr: CSR, rows: Rows | None, heads: int, split: bool) -> Tensor:
+def _source(x: Tensor, csr: CSR, rows: Rows | None, heads: int) -> Tensor:
     """[b + h, H, F] fp32."""
     values = x.float() if rows is None else torch.cat([x.float(), pull_rows(rows, csr.halo, x.shape[1])])
-    return _heads(values, heads, split)
+    return _heads(values, heads)
 
 
-def _heads(values: Tensor, heads: int, split: bool) -> Tensor:
+def _heads(values: Tensor, heads: int) -> Tensor:
     k, w = values.shape
-    return values.view(k, heads, w // heads) if split else values[:, None].expand(k, heads, w)
+    return values.view(k, heads, w // heads)
 
 
 def _score(query, key, source, attention, mode, slope, scale) -> tuple[Tensor, Tensor | None]:

@@ -22,10 +22,10 @@ _EDGE_BLOCK = 512  # "gatv2": numbers of edge_matrix's gradient that a program s
 def forward(
     x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows, num_chunks = csr.rowptr.shape[0] - 1, _chunks.num_chunks(csr)
-    features = x.shape[1] // heads if split else x.shape[1]
+    features = x.shape[1] // heads
 
     sizes = {"F": features, **_edge_size(edge_matrix)}
 
@@ -40,9 +40,8 @@ def forward(
         {
             "p_x": x.contiguous(), "b": x.shape[0],
             **_arguments(
-                csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+                csr, rows, query, key, attention, edge_matrix, mode, heads, features, slope, scale, dropout, seed
             ),
-            "SPLIT": split,
         },
         sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
@@ -54,7 +53,7 @@ def forward(
 def backward_rows(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr: CSR, rows: Rows | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     num_rows, num_chunks, features = grad_out.shape[0], _chunks.num_chunks(csr), grad_out.shape[2]
     each = _ROWS_PER_PARTIAL if mode == "gatv2" else 1
@@ -79,9 +78,9 @@ def backward_rows(
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(),
             "p_x": x.contiguous(), "b": x.shape[0],
             **_arguments(
-                csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+                csr, rows, query, key, attention, edge_matrix, mode, heads, features, slope, scale, dropout, seed
             ),
-            "SPLIT": split, "p_grad_edges": grad_edges, "EDGE_BLOCK": edge_block,
+            "p_grad_edges": grad_edges, "EDGE_BLOCK": edge_block,
         },
         sizes,
         chunks=(num_chunks, by_chunk | {"ROWS": 1}),
@@ -96,10 +95,9 @@ def backward_rows(
 def backward_columns(
     grad_out: Tensor, D: Tensor, lse: Tensor, x: Tensor, csr_t: CSR, grad_rows: Rows | None, halo_stats: Tensor | None,
     query: Tensor, key: Tensor | None, attention: Tensor | None, edge_matrix: Tensor | None,
-    mode: str, heads: int, split: bool, slope: float, scale: float, dropout: float, seed: Tensor,
+    mode: str, heads: int, slope: float, scale: float, dropout: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (r, _, features), b, num_chunks = grad_out.shape, x.shape[0], _chunks.num_chunks(csr_t)
-    each = 1 if split else heads  # heads that share a row of x, and so a program
 
     sizes = {"F": features, **_edge_size(edge_matrix)}
 
@@ -110,15 +108,14 @@ def backward_columns(
     results = new(b, x.dtype)
     _chunks.launch(
         attention_aggregate_bwd_columns_kernel,
-        lambda count, blocks: (count * heads // each,),
+        lambda count, blocks: (count * heads,),
         {
             "p_grad": grad_out.contiguous(), "p_delta": D.contiguous(), "p_lse": lse.contiguous(), "b": r,
             "p_x": x.contiguous(), "p_stats": None if halo_stats is None else halo_stats.contiguous(),
             **_arguments(
-                csr_t, grad_rows, query, key, attention, edge_matrix, mode, heads, features, True, slope, scale,
+                csr_t, grad_rows, query, key, attention, edge_matrix, mode, heads, features, slope, scale,
                 dropout, seed,
             ),
-            "SPLIT": split,
         },
         sizes,
         chunks=(num_chunks, new(num_chunks, torch.float32)),
@@ -146,9 +143,9 @@ def code_scores(rows: Rows, n_id: Tensor, table: Tensor) -> Tensor:
 
 
 def _arguments(
-    csr, rows, query, key, attention, edge_matrix, mode, heads, features, split, slope, scale, dropout, seed
+    csr, rows, query, key, attention, edge_matrix, mode, heads, features, slope, scale, dropout, seed
 ) -> dict:
-    """What the three kernels share. split: whether the heads' columns lie side by side in the table that is read."""
+    """What the three kernels share."""
     block = triton.next_power_of_2(max(features, 2))  # int4 unpacks pairs
     halo = None if csr.halo is None else csr.halo.contiguous()
     num_halo = 0 if rows is None else (rows.data if halo is None else halo).shape[0]
@@ -163,7 +160,7 @@ def _arguments(
         "slope": slope, "score_scale": scale,
         **dropout_arguments(dropout, seed),
         "EDGE_DIM": 0 if csr.weight is None else csr.weight.shape[1],
-        "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or not split,
+        "MODE": mode, "H": heads, "F": features, "ALIGNED": features == block or heads == 1,
         "BLOCK_F": block,
     }  # fmt: skip
 
@@ -218,15 +215,17 @@ def _load_unaligned(p_data, p_scale, p_codebook, row, m_value, col, width, K, D:
 
 @triton.jit
 def _values(
-    p_x, stride, first, col, row, m_batch, m_halo,
+    p_x, head, col, row, m_batch, m_halo,
     p_data, p_scale, p_codebook, width, K,
-    D: tl.constexpr, CODEC: tl.constexpr, F: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr,
+    D: tl.constexpr, CODEC: tl.constexpr, H: tl.constexpr, F: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_E, BLOCK_F] fp32: columns first .. first + F - 1 of rows of x and of the table, 0 beyond F."""
+    """[BLOCK_E, BLOCK_F] fp32: the head's columns of rows of x and of the table, 0 beyond F."""
+    first = head * F
     feature = tl.arange(0, BLOCK_F)
     m_feature = (feature < F)[None, :]
     m_x = m_batch[:, None] & m_feature
-    value = tl.load(p_x + (col * stride + first)[:, None] + feature[None, :], mask=m_x, other=0.0).to(tl.float32)
+    value = tl.load(p_x + (col * (H * F) + first)[:, None] + feature[None, :], mask=m_x, other=0.0).to(tl.float32)
     if CODEC != "none":
         m_state = m_halo[:, None] & m_feature
         if ALIGNED:
@@ -285,15 +284,13 @@ def attention_aggregate_fwd_kernel(
     p_x, b, p_rowptr, p_col, num_rows, num_edges, p_halo, num_halo, p_data, p_scale, p_codebook, num_table, width, K,
     p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed, kept_scale,
     p_out, p_lse, p_chunk_out, p_chunk_lse,
-    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    EDGE_DIM: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, EDGE_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     i, begin, count, first_chunk, last_chunk = span(p_rowptr, program, num_rows, num_edges, PASS, CHUNK)
-    first = head * F if SPLIT else 0
-    stride = H * F if SPLIT else F
     feature = tl.arange(0, BLOCK_F)
     m_feature = feature < F
     if MODE == "additive":
@@ -314,8 +311,8 @@ def attention_aggregate_fwd_kernel(
         )
         m_edge = m_batch | m_halo
         value = _values(
-            p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
-            D, CODEC, F, ALIGNED, BLOCK_F,
+            p_x, head, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+            D, CODEC, H, F, ALIGNED, BLOCK_F,
         )  # fmt: skip
         asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
         if MODE == "additive":
@@ -351,14 +348,12 @@ def attention_aggregate_bwd_rows_kernel(
     num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold, p_seed,
     kept_scale, p_grad_edges,
     p_grad_query, p_partial, p_chunk_grad_query, p_chunk_partial,  # the last one: its sum is the host's
-    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    EDGE_DIM: tl.constexpr, EDGE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr,
-    PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, EDGE_DIM: tl.constexpr,
+    EDGE_BLOCK: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, PASS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     program = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
-    first = head * F if SPLIT else 0
-    stride = H * F if SPLIT else F
     feature = tl.arange(0, BLOCK_F)
     m_feature = feature < F
     if MODE == "gatv2":
@@ -404,8 +399,8 @@ def attention_aggregate_bwd_rows_kernel(
             )
             m_edge = m_batch | m_halo
             value = _values(
-                p_x, stride, first, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
-                D, CODEC, F, ALIGNED, BLOCK_F,
+                p_x, head, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+                D, CODEC, H, F, ALIGNED, BLOCK_F,
             )  # fmt: skip
             asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
             if MODE == "additive":
@@ -465,18 +460,16 @@ def attention_aggregate_bwd_columns_kernel(
     p_codebook, num_table, width, K, p_query, p_key, p_attention, p_edges, p_edge_matrix, slope, score_scale, threshold,
     p_seed, kept_scale,
     p_grad_x, p_grad_key, p_chunk_grad_x, p_chunk_grad_key,
-    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, SPLIT: tl.constexpr,
-    EDGE_DIM: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, CODEC: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, F: tl.constexpr, EDGE_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Row j of the transposed matrix: its edges are the destinations i that read x_j; columns < b are the batch's."""
-    HEADS: tl.constexpr = 1 if SPLIT else H
-    program = (tl.program_id(0) // (H // HEADS)).to(tl.int64)
-    first_head = tl.program_id(0) % (H // HEADS)
+    program = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
     j, begin, count, first_chunk, last_chunk = span(p_rowptr, program, num_rows, num_edges, PASS, CHUNK)
-    width_x = F * (H // HEADS)
-    p_x += j * width_x + first_head * F
-    p_grad_x += program * width_x + first_head * F
+    p_x += (j * H + head) * F
+    p_grad_x += (program * H + head) * F
     feature = tl.arange(0, BLOCK_F)
     m_feature = feature < F
     x = tl.load(p_x + feature, mask=m_feature, other=0.0).to(tl.float32)[None, :]
@@ -484,85 +477,69 @@ def attention_aggregate_bwd_columns_kernel(
 
     if DROPOUT:
         seed = tl.load(p_seed)
-    for each in range(HEADS):
-        head = first_head + each
+    if MODE == "additive":
+        key = tl.load(p_key + j * H + head)
+        grad_key = tl.full([], 0.0, tl.float32)
+    else:
+        by_score = tl.zeros([BLOCK_F], tl.float32)
+    if MODE == "gatv2":
+        attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
+    for start in range(0, count, BLOCK_E):
+        edge, col, row, m_batch, m_halo = _columns(
+            p_col, p_halo, start, begin, count, first_chunk, last_chunk, b, num_halo, num_table, CODEC, CHUNK, BLOCK_E
+        )
+        m_edge = m_batch | m_halo
+        grad = _values(
+            p_grad, head, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
+            D, CODEC, H, F, ALIGNED, BLOCK_F,
+        )  # fmt: skip
+        position = col * H + head
+        lse = tl.load(p_lse + position, mask=m_batch, other=0.0)
+        delta = tl.load(p_delta + position, mask=m_batch, other=0.0)
+        if CODEC != "none":
+            p_stat = p_stats + (col - b) * (2 * H) + head
+            lse += tl.load(p_stat, mask=m_halo, other=0.0)
+            delta += tl.load(p_stat + H, mask=m_halo, other=0.0)
         if MODE == "additive":
-            key = tl.load(p_key + j * H + head)
-            grad_key = tl.full([], 0.0, tl.float32)
+            query = tl.load(p_query + position, mask=m_edge, other=0.0)
+            asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
+            inner = asked + key
+            score = _leaky(inner, slope)
         else:
-            by_score = tl.zeros([BLOCK_F], tl.float32)
-        if MODE == "gatv2":
-            attention = tl.load(p_attention + head * F + feature, mask=m_feature, other=0.0)
-        for start in range(0, count, BLOCK_E):
-            edge, col, row, m_batch, m_halo = _columns(
-                p_col,
-                p_halo,
-                start,
-                begin,
-                count,
-                first_chunk,
-                last_chunk,
-                b,
-                num_halo,
-                num_table,
-                CODEC,
-                CHUNK,
-                BLOCK_E,
-            )
-            m_edge = m_batch | m_halo
-            grad = _values(
-                p_grad, H * F, head * F, col, row, m_batch, m_halo, p_data, p_scale, p_codebook, width, K,
-                D, CODEC, F, ALIGNED, BLOCK_F,
-            )  # fmt: skip
-            position = col * H + head
-            lse = tl.load(p_lse + position, mask=m_batch, other=0.0)
-            delta = tl.load(p_delta + position, mask=m_batch, other=0.0)
-            if CODEC != "none":
-                p_stat = p_stats + (col - b) * (2 * H) + head
-                lse += tl.load(p_stat, mask=m_halo, other=0.0)
-                delta += tl.load(p_stat + H, mask=m_halo, other=0.0)
-            if MODE == "additive":
-                query = tl.load(p_query + position, mask=m_edge, other=0.0)
+            p_q = p_query + (position * F)[:, None] + feature[None, :]
+            query = tl.load(p_q, mask=m_edge[:, None] & m_feature[None, :], other=0.0)
+            if MODE == "dot":
+                score = score_scale * tl.sum(query * x, 1)
+            else:
                 asked = _ask(query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E)
-                inner = asked + key
-                score = _leaky(inner, slope)
-            else:
-                p_q = p_query + (position * F)[:, None] + feature[None, :]
-                query = tl.load(p_q, mask=m_edge[:, None] & m_feature[None, :], other=0.0)
-                if MODE == "dot":
-                    score = score_scale * tl.sum(query * x, 1)
-                else:
-                    asked = _ask(
-                        query, p_edges, p_edge_matrix, edge, m_edge, head, MODE, H, F, EDGE_DIM, BLOCK_F, BLOCK_E
-                    )
-                    inner = x + asked
-                    score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
-            p = tl.exp(tl.where(m_edge, tl.minimum(score - lse, 0.0), float("-inf")))  # a stored lse may be stale
-            by_weight = tl.sum(grad * x, 1)
-            weight = p
-            if DROPOUT:
-                mask = tl.where(m_halo, 1.0, _dropout(seed, threshold, kept_scale, col, j, head))
-                by_weight *= mask
-                weight *= mask
-            grad_score = p * (by_weight - delta)
-            grad_x += tl.sum(weight[:, None] * grad, 0)
-            if MODE == "additive":
-                grad_key += tl.sum(tl.where(inner > 0, grad_score, grad_score * slope), 0)
-            elif MODE == "dot":
-                by_score += tl.sum(grad_score[:, None] * query, 0)
-            else:
-                by_score += tl.sum(tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None]), 0)
+                inner = x + asked
+                score = tl.sum(attention[None, :] * _leaky(inner, slope), 1)
+        p = tl.exp(tl.where(m_edge, tl.minimum(score - lse, 0.0), float("-inf")))  # a stored lse may be stale
+        by_weight = tl.sum(grad * x, 1)
+        weight = p
+        if DROPOUT:
+            mask = tl.where(m_halo, 1.0, _dropout(seed, threshold, kept_scale, col, j, head))
+            by_weight *= mask
+            weight *= mask
+        grad_score = p * (by_weight - delta)
+        grad_x += tl.sum(weight[:, None] * grad, 0)
         if MODE == "additive":
-            if PASS == "rows":
-                grad_key += _chunk_scalar(p_chunk_grad_key + head, first_chunk, last_chunk, H, BLOCK_E)
-            tl.store(p_grad_key + program * H + head, grad_key)
+            grad_key += tl.sum(tl.where(inner > 0, grad_score, grad_score * slope), 0)
         elif MODE == "dot":
-            grad_x += by_score * score_scale
+            by_score += tl.sum(grad_score[:, None] * query, 0)
         else:
-            grad_x += by_score * attention
+            by_score += tl.sum(tl.where(inner > 0, grad_score[:, None], (grad_score * slope)[:, None]), 0)
+    if MODE == "additive":
+        if PASS == "rows":
+            grad_key += _chunk_scalar(p_chunk_grad_key + head, first_chunk, last_chunk, H, BLOCK_E)
+        tl.store(p_grad_key + program * H + head, grad_key)
+    elif MODE == "dot":
+        grad_x += by_score * score_scale
+    else:
+        grad_x += by_score * attention
     if PASS == "rows":
-        p_chunk = p_chunk_grad_x + first_head * F
-        grad_x += chunk_sum(p_chunk, first_chunk, last_chunk, width_x, feature, m_feature, BLOCK_E)
+        p_chunk = p_chunk_grad_x + head * F
+        grad_x += chunk_sum(p_chunk, first_chunk, last_chunk, H * F, feature, m_feature, BLOCK_E)
     tl.store(p_grad_x + feature, grad_x.to(p_grad_x.dtype.element_ty), mask=m_feature)
 
 
