@@ -6,13 +6,18 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/lanes.h"
 
 namespace vqgnn {
 namespace VQGNN_ISA {
 namespace {
 
 constexpr int64_t kBranches = 4;  // branches a task: 128 contiguous bytes a row at dv = 8
-constexpr int64_t kBlock = 256;   // rows that stay in cache while the branches of a task pass over them
+
+constexpr int64_t kAhead = 16;    // rows read ahead: they lie too far apart for the hardware to guess
+constexpr int kWidth = 4;  // numbers at once: left to itself, GCC shuffles them one by one
+using Few = Vec<float, kWidth>;
+using FewDoubles = Vec<double, kWidth>;
 
 struct Rows {
   const float* v;
@@ -20,45 +25,47 @@ struct Rows {
   const float *mean, *rstd;
 };
 
-// Adds rows begin to end of branch j; returns the first code outside 0..K-1, or -1.
-template <int DV, typename Code>
-int64_t add_rows(const Rows& p, int64_t begin, int64_t end, int64_t j, const Code* codes, int64_t* counts, double* sums) {
-  const int64_t dv = DV ? DV : p.dv;
-  const float* mean = p.mean + j * dv;
-  const float* rstd = p.rstd + j * dv;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t code = codes[i * p.m + j];
-    if (code >= p.K) return code;
-    const float* row = p.v + i * p.row_stride + j * dv;
-    double* sum = sums + code * dv;
-    counts[code] += 1;
-    for (int64_t d = 0; d < dv; ++d) sum[d] += (row[d] - mean[d]) * rstd[d];
+// sum [dv] += a whitened row
+template <int DV>
+VQGNN_INLINE void add(const float* row, const float* mean, const float* rstd, int64_t width, double* sum) {
+  const int64_t dv = DV ? DV : width;
+  int64_t d = 0;
+  for (; d + kWidth <= dv; d += kWidth) {
+    const auto value = (load<Few>(row + d) - load<Few>(mean + d)) * load<Few>(rstd + d);
+    store(sum + d, load<FewDoubles>(sum + d) + __builtin_convertvector(value, FewDoubles));
   }
-  return -1;
+  for (; d < dv; ++d) sum[d] += (row[d] - mean[d]) * rstd[d];
 }
 
 template <int DV, typename Code>
 int64_t stats(const Rows& p, const Code* codes, float* counts, float* sums) {
+  const int64_t dv = DV ? DV : p.dv, size = p.K * dv;
   int64_t bad = -1;
 #pragma omp parallel
   {
     std::vector<int64_t> count(kBranches * p.K);
-    std::vector<double> sum(kBranches * p.K * p.dv);
+    std::vector<double> sum(kBranches * size);
 #pragma omp for schedule(dynamic) reduction(max : bad)
     for (int64_t first = 0; first < p.m; first += kBranches) {
-      const int64_t last = std::min(p.m, first + kBranches);
+      const int64_t branches = std::min(kBranches, p.m - first);
+      const float *mean = p.mean + first * dv, *rstd = p.rstd + first * dv;
       std::fill(count.begin(), count.end(), 0);
       std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t begin = 0; begin < p.b; begin += kBlock) {
-        const int64_t end = std::min(p.b, begin + kBlock);
-        for (int64_t j = first; j < last; ++j) {
-          int64_t* c = count.data() + (j - first) * p.K;
-          double* s = sum.data() + (j - first) * p.K * p.dv;
-          bad = std::max(bad, add_rows<DV>(p, begin, end, j, codes, c, s));
+      for (int64_t i = 0; i < p.b; ++i) {
+        const Code* code = codes + i * p.m + first;
+        const float* row = p.v + i * p.row_stride + first * dv;
+        for (int64_t d = 0; d < branches * dv; d += 16) __builtin_prefetch(row + kAhead * p.row_stride + d);
+        for (int64_t j = 0; j < branches; ++j) {
+          if (code[j] >= p.K) {
+            bad = std::max<int64_t>(bad, code[j]);
+            continue;
+          }
+          count[j * p.K + code[j]] += 1;
+          add<DV>(row + j * dv, mean + j * dv, rstd + j * dv, dv, sum.data() + j * size + code[j] * dv);
         }
       }
-      std::copy_n(count.begin(), (last - first) * p.K, counts + first * p.K);
-      std::copy_n(sum.begin(), (last - first) * p.K * p.dv, sums + first * p.K * p.dv);
+      std::copy_n(count.begin(), branches * p.K, counts + first * p.K);
+      std::copy_n(sum.begin(), branches * size, sums + first * size);
     }
   }
   return bad;
@@ -68,8 +75,11 @@ template <typename Code>
 int64_t stats_any(const Rows& p, const Code* codes, float* counts, float* sums) {
   switch (p.dv) {
     case 2: return stats<2>(p, codes, counts, sums);
+    case 3: return stats<3>(p, codes, counts, sums);
     case 4: return stats<4>(p, codes, counts, sums);
+    case 5: return stats<5>(p, codes, counts, sums);  // a branch's channels and a coordinate of gradients
     case 8: return stats<8>(p, codes, counts, sums);
+    case 9: return stats<9>(p, codes, counts, sums);
     case 16: return stats<16>(p, codes, counts, sums);
     default: return stats<0>(p, codes, counts, sums);
   }

@@ -145,8 +145,11 @@ template <typename Code>
 void assign_any(const Problem& p, const float* codebook, Code* codes) {
   switch (p.dv) {
     case 2: return assign<2>(p, codebook, codes);
+    case 3: return assign<3>(p, codebook, codes);
     case 4: return assign<4>(p, codebook, codes);
+    case 5: return assign<5>(p, codebook, codes);  // a branch's channels and a coordinate of gradients
     case 8: return assign<8>(p, codebook, codes);
+    case 9: return assign<9>(p, codebook, codes);
     case 16: return assign<16>(p, codebook, codes);
     default: return assign<0>(p, codebook, codes);
   }
