@@ -131,13 +131,14 @@ void codebook_update(uintptr_t codebook, uintptr_t ema_counts, uintptr_t ema_sum
 
 }  // namespace
 
-// ---- aggregate, csr_slice, store_io ---------------------------------------------------------------------------------
+// ---- aggregate, hash_dropout, csr_slice, store_io -------------------------------------------------------------------
 // Addresses are integers, 0 for "not there". The kernels return false (csr_slice: -1) for a bad index; the caller then
 // finds out which one it was.
 
 VQGNN_DECLARE(bool aggregate(const float* x, int64_t b, int64_t f, const int64_t* rowptr, int64_t num_rows,
                              const int32_t* col, int64_t num_edges, const float* weight, const int64_t* halo,
                              int64_t num_halo, const Table& table, const Dropout& dropout, float* out))
+VQGNN_DECLARE(void hash_dropout(const float* x, int64_t num_rows, int64_t f, const Dropout& dropout, float* out))
 VQGNN_DECLARE(bool csr_slice_rowptr(const int64_t* rowptr, int64_t n, int64_t num_edges, const int64_t* nodes,
                                     int64_t b, int64_t* rowptr_b))
 VQGNN_DECLARE(int64_t csr_slice(const int64_t* rowptr, const int32_t* col, int64_t n, const int64_t* nodes, int64_t b,
@@ -210,6 +211,15 @@ bool aggregate(uintptr_t x, int64_t b, int64_t f, uintptr_t rowptr, int64_t num_
                         halo_dropout, reinterpret_cast<float*>(out));
 }
 
+void hash_dropout(uintptr_t x, int64_t num_rows, int64_t f, double dropout, uint32_t seed, uintptr_t out) {
+  require(num_rows >= 0 && f >= 0, "a size is negative");
+  require((x && out) || num_rows == 0 || f == 0, "an address is null");
+  const vqgnn::Dropout options = as_dropout(dropout, seed);
+  require(options.on, "dropout must be above 0");
+  py::gil_scoped_release release;
+  VQGNN_DISPATCH(hash_dropout, reinterpret_cast<const float*>(x), num_rows, f, options, reinterpret_cast<float*>(out));
+}
+
 bool csr_slice_rowptr(uintptr_t rowptr, int64_t n, int64_t num_edges, uintptr_t nodes, int64_t b, uintptr_t rowptr_b) {
   require(n >= 0 && num_edges >= 0 && b >= 0, "a size is negative");
   require(rowptr && (nodes || b == 0) && rowptr_b, "an address is null");
@@ -257,6 +267,7 @@ bool pull_rows(const py::object& table_object, uintptr_t n_id, int64_t k, int64_
 
 void bind_graph_ops(py::module_& m) {
   m.def("aggregate", &aggregate);
+  m.def("hash_dropout", &hash_dropout);
   m.def("csr_slice_rowptr", &csr_slice_rowptr);
   m.def("csr_slice", &csr_slice);
   m.def("csr_slice_values", &csr_slice_values);
@@ -321,8 +332,7 @@ VQGNN_DECLARE(bool code_scores(const Table& table, const int64_t* n_id, int64_t 
 
 namespace {
 
-// The table's rows hold sources, or gradients, which always have all heads' columns.
-vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_of_gradients) {
+vqgnn::AttentionProblem as_attention_problem(const py::dict& fields) {
   vqgnn::AttentionProblem p;
   const auto integer = [&](const char* name) { return fields[name].cast<int64_t>(); };
   const auto floats = [&](const char* name) { return pointer<const float>(fields[name].cast<uintptr_t>()); };
@@ -366,14 +376,14 @@ vqgnn::AttentionProblem as_attention_problem(const py::dict& fields, bool table_
 }
 
 bool attention_forward(const py::dict& fields, uintptr_t out, uintptr_t lse) {
-  const vqgnn::AttentionProblem p = as_attention_problem(fields, false);
+  const vqgnn::AttentionProblem p = as_attention_problem(fields);
   py::gil_scoped_release release;
   return VQGNN_DISPATCH(attention_forward, p, pointer<float>(out), pointer<float>(lse));
 }
 
 bool attention_backward_rows(const py::dict& fields, uintptr_t grad_query, uintptr_t grad_attention,
                              uintptr_t grad_edges) {
-  const vqgnn::AttentionProblem p = as_attention_problem(fields, false);
+  const vqgnn::AttentionProblem p = as_attention_problem(fields);
   require(!p.edges || grad_edges, "an address is null");
   py::gil_scoped_release release;
   return VQGNN_DISPATCH(attention_backward_rows, p, pointer<float>(grad_query), pointer<float>(grad_attention),
@@ -381,7 +391,7 @@ bool attention_backward_rows(const py::dict& fields, uintptr_t grad_query, uintp
 }
 
 bool attention_backward_columns(const py::dict& fields, uintptr_t grad_x, uintptr_t grad_key) {
-  const vqgnn::AttentionProblem p = as_attention_problem(fields, true);
+  const vqgnn::AttentionProblem p = as_attention_problem(fields);
   require(p.table.codec == vqgnn::Codec::none || p.halo_stats || p.max_columns == p.num_own, "no halo_stats");
   py::gil_scoped_release release;
   return VQGNN_DISPATCH(attention_backward_columns, p, pointer<float>(grad_x), pointer<float>(grad_key));

@@ -265,3 +265,43 @@ def test_dropout_called_by_keyword(data):
 
     want = stored(Keyword(pyg.GCNConv, 0.0), data)["second"]
     torch.testing.assert_close(stored(Keyword(pyg.GCNConv, 0.9), data)["second"], want)
+
+
+def trained(model, data, seed=0):
+    """What a training batch gives of a converted model."""
+    torch.manual_seed(seed)
+    batch = next(iter(vqgnn.BatchLoader(data, batch_size=20, seed=0)))
+    return model.train()(batch.x, batch.graph)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_is_torchs_in_all_but_its_speed(data, dtype, p):
+    """Share, scale, gradient, and the seed that decides; in evaluation nothing is dropped."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.x = pyg.GCNConv(CHANNELS, CHANNELS), torch.ones(500, 40, dtype=dtype, requires_grad=True)
+
+        def forward(self, x, edge_index):
+            self.conv(x, edge_index)
+            return F.dropout(self.x, p, self.training)
+
+    model = vqgnn.convert(Linear(), data)
+    out = trained(model, data)
+    assert out.dtype == dtype and out.unique().tolist() == pytest.approx([0] if p == 1 else [0, 1 / (1 - p)])
+    assert (out == 0).double().mean().item() == pytest.approx(p, abs=0.02)
+    (grad,) = torch.autograd.grad(out.sum(), model.x)
+    assert torch.equal(grad, out)
+    assert torch.equal(trained(model, data), out)
+    assert p == 1 or not torch.equal(trained(model, data, seed=1), out)
+    batch = next(iter(vqgnn.BatchLoader(data)))
+    assert model.eval()(batch.x, batch.graph) is model.x
+
+
+def test_dropout_on_a_cpu_is_the_kernels(data, monkeypatch):
+    shares = []
+    monkeypatch.setattr("vqgnn.dropout.hash_dropout", lambda x, p, seed: shares.append(p) or x)
+    trained(vqgnn.convert(Net(pyg.GCNConv, 0.3), data), data)
+    assert shares == [0.3]

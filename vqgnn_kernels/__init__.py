@@ -7,6 +7,7 @@ from .attention_aggregate import attention_aggregate, code_scores, row_scores
 from .codebook_update import codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
 from .global_attention import global_attention
+from .hash_dropout import hash_dropout
 from .store_io import pull_rows, push_rows
 from .vq_assign import vq_assign, vq_assign_stats
 
@@ -22,6 +23,7 @@ __all__ = [
     "csr_slice",
     "csr_slice_values",
     "global_attention",
+    "hash_dropout",
     "pull_rows",
     "push_rows",
     "register",

@@ -195,6 +195,8 @@ TILES["global_attention_bwd_codewords_kernel"] = (
     Tile({"BLOCK_B": 32, "BLOCK_K": 16}, num_warps=8, num_stages=1, why="K = 32 spills"),
 )
 
+TILES["hash_dropout_kernel"] = (Tile({"BLOCK": 1024}, why="DRAM: reads and writes each number once"),)
+
 
 def pick(kernel: str, sizes: dict[str, int]) -> Tile:
     """The shipped tile of a kernel for a launch of these sizes."""
