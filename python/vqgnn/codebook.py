@@ -266,7 +266,7 @@ class Codebook(nn.Module):
             self.square_error[i, 0] = error[:, part].sum()
             self.square_error[i, 1] = square[:, part].sum()
         if g is not None and self.basis is not None:
-            outside = g.square().sum() - self.square_error[1, 1]
+            outside = torch.linalg.vector_norm(g).square() - self.square_error[1, 1]
             self.square_error[1] += outside
 
     def _decode(self) -> None:
