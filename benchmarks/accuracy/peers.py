@@ -58,6 +58,8 @@ class Peer:
         torch.manual_seed(config.seed)
         self.model = self.build()
         self.averaged = MovingAverage(self.model, config.average)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        self.step = 0
         self.graph = self.whole()
 
     def build(self) -> nn.Module:
@@ -85,23 +87,27 @@ class Peer:
     def evaluate(self) -> dict[str, float]:
         return self.task.scores(None, self.logits(self.averaged.module), self.data)
 
+    def train_epoch(self) -> dict:
+        """One pass over all batches; its seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.model.train()
+        for loss_of in self.steps():
+            for group in self.optimizer.param_groups:
+                step = min(self.step, self.config.epochs * len(self))
+                group["lr"] = self.config.lr * learning_rate_factor(self.config, step, len(self))
+            self.optimizer.zero_grad()
+            loss_of(self.model).backward()
+            self.optimizer.step()
+            self.averaged.update_parameters(self.model)
+            self.step += 1
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
     def fit(self) -> list[dict]:
         """One object an epoch, as `vqgnn train` writes them."""
         config, metrics = self.config, []
-        optimizer = torch.optim.Adam(self.model.parameters(), config.lr, weight_decay=config.weight_decay)
-        total = config.epochs * len(self)
         for epoch in range(1, config.epochs + 1):
-            wall, cpu = time.perf_counter(), time.process_time()
-            self.model.train()
-            for step, loss_of in enumerate(self.steps()):
-                for group in optimizer.param_groups:
-                    done = (epoch - 1) * len(self) + step
-                    group["lr"] = config.lr * learning_rate_factor(config, min(done, total), len(self))
-                optimizer.zero_grad()
-                loss_of(self.model).backward()
-                optimizer.step()
-                self.averaged.update_parameters(self.model)
-            found = {"epoch": epoch, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            self.step = (epoch - 1) * len(self)  # a pass may have fewer
+            found = {"epoch": epoch, **self.train_epoch()}
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 found |= self.evaluate()
             metrics.append(found)
