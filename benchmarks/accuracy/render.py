@@ -311,8 +311,8 @@ def timed_table(rows: results.Rows, curves: dict) -> str:
     full, short = (steps.pop(label) for label in reversed(TIMED_GOALS))
     every = f"Epochs from one evaluation to the next: full batch {full}, its 100 epochs {short}, others at most "
     every += f"{max(steps.values())}."
-    older = "The seconds of ours, GAS and full batch are older than `hash_dropout`: of GCN, an epoch of `vq` takes 0.8 of "
-    older += "what it did; [performance.md](performance.md#training) has epochs side by side."
+    older = "The seconds of ours, GAS and full batch are older than `hash_dropout`: of GCN, an epoch of `vq` takes 0.8 "
+    older += "of what it did; [performance.md](performance.md#training) has epochs side by side."
     return f"Validation accuracy: {what}, times {TIMED_SHARE}. {every} One run each. {older}\n\n{table}"
 
 
