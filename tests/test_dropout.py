@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from graphs import awkward_graph
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
 
 import vqgnn
@@ -283,10 +284,11 @@ def test_dropout_is_torchs_in_all_but_its_speed(data, dtype, p):
         def __init__(self):
             super().__init__()
             self.conv, self.x = pyg.GCNConv(CHANNELS, CHANNELS), torch.ones(500, 40, dtype=dtype, requires_grad=True)
+            self.dropout = nn.Dropout(p)
 
         def forward(self, x, edge_index):
             self.conv(x, edge_index)
-            return F.dropout(self.x, p, self.training)
+            return self.dropout(self.x)
 
     model = vqgnn.convert(Linear(), data)
     out = trained(model, data)
@@ -305,3 +307,33 @@ def test_dropout_on_a_cpu_is_the_kernels(data, monkeypatch):
     monkeypatch.setattr("vqgnn.dropout.hash_dropout", lambda x, p, seed: shares.append(p) or x)
     trained(vqgnn.convert(Net(pyg.GCNConv, 0.3), data), data)
     assert shares == [0.3]
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), lambda x: F.dropout(x, 0.5)], ids=["module", "function"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_part_drops_the_same_again(data, dropout, reentrant):
+    """torch.utils.checkpoint runs it again in the backward, outside of the model's forward."""
+
+    class Model(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.again = pyg.GCNConv(CHANNELS, CHANNELS), again
+            self.part = (
+                nn.Sequential(nn.Linear(CHANNELS, CHANNELS), dropout) if isinstance(dropout, nn.Module) else None
+            )
+            self.lin = nn.Linear(CHANNELS, CHANNELS)
+
+        def run(self, x):
+            return self.lin(dropout(x).relu()) if self.part is None else self.lin(self.part(x))
+
+        def forward(self, x, edge_index):
+            x = self.conv(x, edge_index)
+            return checkpoint(self.run, x, use_reentrant=reentrant) if self.again else self.run(x)
+
+    gradients = []
+    for again in (False, True):
+        model = vqgnn.convert(Model(again), data)
+        trained(model, data).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)

@@ -1,7 +1,4 @@
-"""Dropout and stored states: rows are kept without its noise, and what reads them drops them anew.
-
-On a CPU, a converted model's dropout is a kernel of ours.
-"""
+"""Dropout and stored states: rows are kept without its noise, and what reads them drops them anew."""
 
 import threading
 
@@ -19,6 +16,20 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _open = threading.local()  # .watch: of the model whose forward runs in this thread
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, on a CPU by a kernel: torch's takes a fifth of an epoch there. What `convert` makes of a model's.
+
+    Not F.dropout, too, which the watch sees: where torch.utils.checkpoint runs a part of a forward again, no watch is
+    on, and other numbers would be dropped than before.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        ours = input.device.type == "cpu" and input.dtype in _FLOATS and 0 < self.p < 1 and not self.inplace
+        if self.training and ours and not torch.compiler.is_compiling():
+            return hash_dropout(input, self.p, draw_seed(self.p, input.device))
+        return super().forward(input)
+
+
 def watch_dropout(model: nn.Module) -> None:
     """Have what every dropout of a model returns know its input and its share, for `dropped`.
 
@@ -30,7 +41,10 @@ def watch_dropout(model: nn.Module) -> None:
     A hook sees an nn.Dropout. F.dropout is seen by a mode that is on while a forward of the model, or of a part of it
     that has parts, runs uncompiled.
     """
+    in_convs = {part for conv in model.modules() if isinstance(conv, MessagePassing) for part in conv.modules()}
     for module in model.modules():
+        if type(module) is nn.Dropout and module not in in_convs:  # a conv's survey looks for torch's
+            module.__class__ = Dropout
         if isinstance(module, nn.Dropout) and _after_dropout not in module._forward_hooks.values():
             module.register_forward_hook(_after_dropout, with_kwargs=True)
         whole = not isinstance(module, MessagePassing) and next(module.children(), None) is not None
@@ -63,17 +77,10 @@ def _version(x: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() else version(x)
 
 
-def _mark(out: Tensor, x: Tensor, p: float, training: bool, inplace: bool) -> None:
+def _mark(out: Tensor, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    """With the arguments of F.dropout after its result."""
     if training and p > 0 and not inplace:
         out._before_dropout = x, _version(out), p
-
-
-def _drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """F.dropout; on a CPU by a kernel, as torch's takes a fifth of an epoch there."""
-    ours = training and 0 < p < 1 and not inplace and input.device.type == "cpu" and input.dtype in _FLOATS
-    out = hash_dropout(input, p, draw_seed(p, input.device)) if ours else F.dropout(input, p, training, inplace)
-    _mark(out, input, p, training, inplace)
-    return out
 
 
 def _after_dropout(dropout: nn.Dropout, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
@@ -88,9 +95,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        out = function(*args, **kwargs)
         if function is F.dropout:
-            return _drop(*args, **kwargs)
-        return function(*args, **kwargs)
+            _mark(out, *args, **{"x" if name == "input" else name: value for name, value in kwargs.items()})
+        return out
 
 
 def _begin(model: nn.Module, args: tuple) -> None:
