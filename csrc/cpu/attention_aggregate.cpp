@@ -100,8 +100,8 @@ struct Block {
   int64_t edge[kBlock];        // with features: their numbers in col
   std::vector<float> decoded, asked, p, keep, ds, top, total;
 
-  Block(const Problem& problem, int64_t width)
-      : decoded(kBlock * width),
+  explicit Block(const Problem& problem)
+      : decoded(kBlock * problem.heads * problem.f),
         asked(problem.edges ? kBlock * problem.heads * (problem.edge_matrix ? problem.f : 1) : 0),
         p(problem.heads * kBlock),
         keep(problem.heads * kBlock),
@@ -116,7 +116,8 @@ VQGNN_INLINE void prefetch(const float* row, int64_t width) {
 
 // Takes edges from e on, up to kBlock of them, and moves e behind them; false when an entry is out of range.
 template <bool edges>
-bool fill(const Problem& p, const float* own, int64_t width, int64_t& e, int64_t end, Block& block) {
+bool fill(const Problem& p, const float* own, int64_t& e, int64_t end, Block& block) {
+  const int64_t width = p.heads * p.f;
   bool good = true;
   block.count = 0;
   for (; e < end && block.count < kBlock; ++e) {
@@ -193,12 +194,12 @@ void fill_keep(const Problem& p, Block& block, const Chain& chain_of) {
 
 // Runs `visit(row, block)` for all rows; false when a row was bad. Rows are handed out in fixed chunks.
 template <typename Visit>
-bool for_rows(const Problem& p, int64_t width, int64_t chunk_rows, const Visit& visit) {
+bool for_rows(const Problem& p, int64_t chunk_rows, const Visit& visit) {
   bool good = p.rowptr[0] == 0 && p.rowptr[p.num_rows] == p.num_edges;
   const int64_t num_chunks = (p.num_rows + chunk_rows - 1) / chunk_rows;
 #pragma omp parallel reduction(&& : good)
   {
-    Block block(p, width);
+    Block block(p);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const int64_t end = std::min((chunk + 1) * chunk_rows, p.num_rows);
@@ -228,7 +229,7 @@ bool forward_row(const Problem& p, int64_t i, Block& block, float* out, float* l
   std::fill(block.total.begin(), block.total.end(), 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill<edges>(p, p.x, heads * f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, e, p.rowptr[i + 1], block);
     const int count = block.count;
     if (count == 0) continue;
     for (int k = 0; k < count; ++k) {
@@ -281,7 +282,7 @@ bool backward_row(const Problem& p, int64_t i, Block& block, float* grad_query, 
   std::fill(grad_query, grad_query + query_width, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[i]; e < p.rowptr[i + 1];) {
-    good &= fill<edges>(p, p.x, heads * f, e, p.rowptr[i + 1], block);
+    good &= fill<edges>(p, p.x, e, p.rowptr[i + 1], block);
     const int count = block.count;
     if constexpr (edges) {
       for (int k = 0; k < count; ++k) ask<score>(p, block, k, query);
@@ -351,7 +352,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
   if (grad_key) std::fill(grad_key, grad_key + heads, 0.0f);
   bool good = true;
   for (int64_t e = p.rowptr[j]; e < p.rowptr[j + 1];) {
-    good &= fill<edges>(p, p.grad_out, heads * f, e, p.rowptr[j + 1], block);
+    good &= fill<edges>(p, p.grad_out, e, p.rowptr[j + 1], block);
     const int count = block.count;
     const float *lse[kBlock], *delta[kBlock];
     for (int k = 0; k < count; ++k) {
@@ -405,7 +406,7 @@ bool backward_column(const Problem& p, int64_t j, Block& block, float* grad_x, f
 template <Score score, bool edges>
 bool forward(const Problem& p, float* out, float* lse) {
   const int64_t heads = p.heads, f = p.f;
-  return for_rows(p, heads * f, kChunkRows, [&](int64_t i, int64_t, Block& block) {
+  return for_rows(p, kChunkRows, [&](int64_t i, int64_t, Block& block) {
     return forward_row<score, edges>(p, i, block, out + i * heads * f, lse + i * heads);
   });
 }
@@ -417,7 +418,7 @@ bool backward_rows(const Problem& p, float* grad_query, float* grad_attention, f
   const int64_t chunk_rows = score == Score::gatv2 ? part_rows : kChunkRows;
   const int64_t edge_size = edges && score == Score::gatv2 ? p.edge_dim * size : 0;
   std::vector<float> parts(score == Score::gatv2 ? kParts * size : 0), edge_parts(kParts * edge_size);
-  const bool good = for_rows(p, size, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
+  const bool good = for_rows(p, chunk_rows, [&](int64_t i, int64_t part, Block& block) {
     float* grads = score == Score::gatv2 ? edge_parts.data() + part * edge_size : grad_edges;
     return backward_row<score, edges>(p, i, block, grad_query + i * query_width, parts.data() + part * size, grads);
   });
@@ -431,7 +432,7 @@ bool backward_rows(const Problem& p, float* grad_query, float* grad_attention, f
 template <Score score, bool edges>
 bool backward_columns(const Problem& p, float* grad_x, float* grad_key) {
   const int64_t heads = p.heads, width = heads * p.f;
-  return for_rows(p, heads * p.f, kChunkRows, [&](int64_t j, int64_t, Block& block) {
+  return for_rows(p, kChunkRows, [&](int64_t j, int64_t, Block& block) {
     return backward_column<score, edges>(p, j, block, grad_x + j * width, grad_key ? grad_key + j * heads : nullptr);
   });
 }

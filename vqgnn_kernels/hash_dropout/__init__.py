@@ -7,7 +7,7 @@ from torch import Tensor
 from .._backend import implementation
 from .._dropout import check_dropout, seed_tensor
 from .._library import register, register_autograd
-from .._types import FLOATS
+from .._types import FLOATS, check_tensor
 
 
 def hash_dropout(x: Tensor, dropout: float, seed: int | Tensor = 0) -> Tensor:
@@ -26,8 +26,7 @@ def hash_dropout(x: Tensor, dropout: float, seed: int | Tensor = 0) -> Tensor:
         ValueError: wrong dtype, or a dropout that is not in [0, 1).
     """
     check_dropout(dropout)
-    if x.dtype not in FLOATS:
-        raise ValueError(f"x has {x.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    check_tensor("x", x, FLOATS, (None,) * x.dim())
     if dropout == 0:
         return x
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1)
