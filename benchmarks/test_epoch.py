@@ -10,7 +10,6 @@ fan-outs 20, 10, 5, which needs torch_sparse. An epoch shows every training labe
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -65,37 +64,6 @@ def test_epoch_against_neighbor_loader(versus, data, agreed):
     """Target: at most an eighth of NeighborLoader's time, i.e. a ratio of 8 or more."""
     peers = {"neighbor": METHODS["neighbor"](data)}
     versus(METHODS["vq"](data), peers, size=DATA, rounds=3, slow=("neighbor",), slow_rounds=2)
-
-
-@needs_torch_sparse
-@pytest.mark.benchmark(group="epoch")
-@pytest.mark.parametrize("ours", ["int4 rows", "vq", "vq, no gradients, K = 64"])
-def test_epoch_against_graph_saint(versus, request, no_default_device, monkeypatch, ours):
-    """Of SAGE, as docs/results.md has their courses to an accuracy: averaged weights, 20 batches, no evaluation.
-
-    Besides time that passes, CPU time: our batches are cut by a thread of their own.
-    """
-    monkeypatch.syspath_prepend(Path(__file__).with_name("accuracy"))
-    from peers import PlainGraphSAINT
-    from settings import timed
-    from worker import config_of
-
-    from vqgnn import datasets
-    from vqgnn.train import Trainer, no_denormals
-
-    schedule = ", 20 batches an epoch, 15 epochs"
-    run, other = timed(f"ours: {ours}{schedule}"), timed(f"GraphSAINT-RW (PyG), not normalised{schedule}")
-    config = config_of(run, threads=1)
-    dataset = datasets.of_config(config)
-    trainer, peer = Trainer(config, dataset), PlainGraphSAINT(config_of(other, threads=1), dataset, batches=20)
-    seconds = {trainer: [], peer: []}
-    mine, theirs = (lambda who=who: seconds[who].append(who.train_epoch()["cpu_seconds"]) for who in seconds)
-    with no_denormals():
-        versus(mine, {"saint_rw_plain": theirs}, size=f"{DATA} SAGE", rounds=7)
-    ours_cpu, saint_cpu = (statistics.median(epochs[1:]) for epochs in seconds.values())  # without the warm-up
-    row = {"device": device_name(), "benchmark": request.node.name, "size": f"{DATA} SAGE, CPU time"}
-    row |= {"ours_s": ours_cpu, "saint_rw_plain_s": saint_cpu, "saint_rw_plain_over_ours": saint_cpu / ours_cpu}
-    report(request.config, row)
 
 
 def test_peak_memory(request, agreed):

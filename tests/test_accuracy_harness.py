@@ -116,6 +116,66 @@ def test_rows_of_a_gpu(harness, monkeypatch):
         worker.execute(settings.Run("tiny", "gcn", "saint-rw", 0, 0.01), device="cuda")
 
 
+def test_how_many_seeds(harness, monkeypatch):
+    """Of a set whose runs take long, only full batch and ours have several; other forms of a method run by name."""
+    settings, _, _ = harness
+    monkeypatch.setitem(settings.SETTINGS, "tiny", dataclasses.replace(settings.SETTINGS["tiny"], peer_seeds=1))
+    assert [settings.seeds_of(("tiny", "gcn", method)) for method in ("full", "vq", "gas", "mlp")] == [2, 2, 1, 1]
+    assert settings.seeds_of(("cora", "gcn", "gas")) == 5
+    command = [sys.executable, str(FOLDER), "run", "--dry-run", "--tables", "main", "--models", "gcn", "--datasets"]
+    done = subprocess.run([*command, "ogbn-arxiv-ranks35"], capture_output=True, text=True, check=True)
+    named = subprocess.run([*command, "cora", "--methods", "vq-fine"], capture_output=True, text=True, check=True)
+    assert "vq-fine" not in done.stdout and "cora-gcn-vq-fine" in named.stdout
+
+
+def test_time_to_an_accuracy(harness, monkeypatch):
+    """Epochs are counted in the runs, their median over the seeds; an epoch's seconds are of all taking turns."""
+    settings, results, _ = harness
+    import render
+
+    full, ours, other = settings.Timed("full", seeds=2), settings.Timed("vq", seeds=3), settings.Timed("gas")
+    table = {"full batch": full, "ours: vq": ours, "ours: vq, slower": settings.Timed("vq", 0.003), "GAS": other}
+    for module in (settings, render, results):
+        monkeypatch.setattr(module, "TIMED", table)
+    for module in (settings, render):
+        monkeypatch.setattr(module, "TIMED_DATASET", "tiny")
+    monkeypatch.setattr(render, "TIMED_GOALS", ("full batch",))
+    row = {"train": 1, "best_epoch": 1, "device": "a CPU x 1 threads", "stability": "", "test": 0.5}
+
+    def course(label, seed, *values):
+        points = [{"epoch": n, "cpu_seconds": 9, "val": value, "test": 0.5} for n, value in enumerate(values, 1)]
+        results.append(settings.timed(label, seed), row | {"val": max(values)}, points)
+
+    course("full batch", 0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.79)
+    course("full batch", 1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.81)
+    course("ours: vq", 0, 0.6, 0.8)
+    course("ours: vq", 1, 0.6, 0.7, 0.7, 0.8)
+    course("ours: vq", 2, 0.6, 0.7)
+    course("ours: vq, slower", 0, 0.6, 0.7)
+    course("GAS", 0, 0.6, 0.7, 0.8)
+    rows, curves = results.read(), results.read_curves()
+    assert render.goals(rows) == {"full batch": pytest.approx(0.99 * 0.8)}
+    assert [render.reached(label, 0.792, curves).median for label in table] == [math.inf, 4, math.inf, 3]
+    runs = [settings.pace(settings.timed(label)) for label in ("full batch", "ours: vq", "GAS")]
+    assert settings.pace(settings.timed("ours: vq, slower")).config == runs[1].config, "as long an epoch"
+    results.write_seconds(runs, [3.0, 1.5, 2.5], 5, "a CPU x 1 threads")
+    seconds = results.read_seconds()
+    lines = render.timed_table(rows, curves, seconds)
+    assert "| ours: vq | 6.0 (2, 4, -) | 1.50 | 1 | 76.67 | 50.00 | 3 |" in lines
+    assert "| ours: vq, slower | not reached | 1.50 |" in lines and "| GAS | 7.5 (3) | 2.50 |" in lines
+    _, text, verdict = render._fast(rows, curves, seconds)
+    assert verdict == "met" and "ours 6.0 s (vq), codes with d = 4 6.0 s, GAS 7.5 s" in text
+    results.write_seconds(runs, [3.0, 2.0, 2.5], 5, "a CPU x 1 threads")
+    assert render._fast(rows, curves, results.read_seconds())[2] == "**missed**"
+
+
+def test_epochs_take_turns(harness):
+    settings, _, worker = harness
+    runs = [settings.Run("tiny", "gcn", method, 0, 0.01, (("hidden", 8),)) for method in ("full", "vq")]
+    seconds = worker.epoch_seconds(runs, rounds=2)
+    assert len(seconds) == 2 and min(seconds) > 0
+
+
 def peers_of(worker):
     pytest.importorskip("torch_sparse", reason="PyG's samplers need torch_sparse, which has no wheel")
     return sys.modules["peers"]

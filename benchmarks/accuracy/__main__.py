@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy run                     # what is missing of all tables
     python benchmarks/accuracy run --dry-run           # how much is missing, and about how long it takes
+    python benchmarks/accuracy time                    # CPU seconds of an epoch, side by side, of what is timed
     python benchmarks/accuracy render                  # docs/results.md, its plots, and README's tables
 
 Every run has a hash of all that decides its result, and one row in results/accuracy.csv: a run that is there is not
@@ -26,7 +27,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 import results
-from settings import ABLATIONS, METHODS, MODELS, SETTINGS, TIMED, Cell, Run, ablation, cells, timed, trials
+from settings import (
+    ABLATIONS,
+    METHODS,
+    MODELS,
+    SETTINGS,
+    TIMED,
+    Cell,
+    Run,
+    ablation,
+    cells,
+    pace,
+    seeds_of,
+    timed,
+    trials,
+)
 
 TABLES = ("main", "timed", "ablations")
 # The guess, times the setting's seconds.
@@ -39,7 +54,7 @@ def wanted(table: list[Cell], seed: int, rows: results.Rows) -> list[Run]:
     for cell in table:
         if seed < SETTINGS[cell[0]].tuning_seeds:
             runs += [replace(run, seed=seed) for run in trials(cell)]
-        elif seed < SETTINGS[cell[0]].seeds and (best := results.chosen(cell, rows)):
+        elif seed < seeds_of(cell) and (best := results.chosen(cell, rows)):
             runs.append(replace(best, seed=seed))
     return runs
 
@@ -117,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     for seed in range(args.seeds):
         rows = results.read()
         runs = wanted(table, seed, rows)
-        if seed == 0 and "timed" in args.tables:
-            runs += [timed(label) for label in TIMED]
+        if "timed" in args.tables:
+            runs += [timed(label, seed) for label, schedule in TIMED.items() if seed < schedule.seeds]
         if seed < args.ablation_seeds and "ablations" in args.tables:
             runs += [run for run in ablations(args.ablations, args.ablation_seeds) if run.seed == seed]
         missing = list({(r.config, r.seed): r for r in runs if (r.config, r.seed) not in rows}.values())
@@ -132,16 +147,30 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def take_time(args: argparse.Namespace) -> int:
+    import worker
+
+    runs = list({run.config: run for label in TIMED for run in [pace(timed(label))]}.values())
+    seconds = worker.epoch_seconds(runs, args.rounds, args.threads)
+    for run, value in zip(runs, seconds, strict=True):
+        print(f"{run.name}: {value:.2f} CPU s an epoch")
+    results.write_seconds(runs, seconds, args.rounds, worker.device_name("cpu"))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="run|render")
+    commands = parser.add_subparsers(required=True, metavar="run|time|render")
     runner = commands.add_parser("run", help="make what is missing")
     runner.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
     runner.add_argument("--datasets", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
     runner.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    runner.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
+    runner.add_argument(
+        "--methods", nargs="+", default=[name for name, method in METHODS.items() if not method.variant],
+        choices=METHODS, metavar="NAME", help="default: all but variants, which are other forms of these",
+    )  # fmt: skip
     runner.add_argument("--ablations", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, metavar="NAME")
     runner.add_argument("--seeds", type=int, default=5, help="at most; a data set may have fewer")
     runner.add_argument("--ablation-seeds", type=int, default=1)
@@ -151,6 +180,10 @@ def main() -> int:
     runner.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     runner.add_argument("--dry-run", action="store_true", help="only say what is missing and the estimate")
     runner.set_defaults(command=run)
+    timer = commands.add_parser("time", help="CPU seconds of an epoch, all that are timed taking turns")
+    timer.add_argument("--rounds", type=int, default=5, help="epochs of each, after one to warm up")
+    timer.add_argument("--threads", type=int, default=1)
+    timer.set_defaults(command=take_time)
     renderer = commands.add_parser("render", help="tables and plots from the rows that are there")
     renderer.add_argument("--check", action="store_true", help="only say whether page and README are what they give")
     renderer.set_defaults(command=lambda args: __import__("render").render(args.check))

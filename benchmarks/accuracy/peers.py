@@ -453,28 +453,26 @@ def _symmetric(data: Data):
     return sparse(edge_index, data.num_nodes, weight)
 
 
-def _runner(kind: type[Peer]) -> Callable[[Config, Dataset, int], tuple[list[dict], dict]]:
-    def run(config: Config, dataset: Dataset, batches: int) -> tuple[list[dict], dict]:
-        memory.reset_peak()
-        before = memory.resident()
-        peer = kind(config, dataset, batches)
-        metrics = peer.fit()
-        above = None if before is None else max(0, memory.peak() - before)
-        state = peer.state_bytes()  # of LMC alone, in fp32
-        peak = "" if above is None else round(above / 1e6)
-        return metrics, {"peak_mb": peak, "state_bytes": state, "dense_bytes": state}
-
-    return run
-
-
-PEERS = {
-    "cluster-gcn": _runner(ClusterGCN),
-    "lmc-mixed": _runner(LMC),
-    "saint-rw": _runner(GraphSAINT),
-    "saint-rw-plain": _runner(PlainGraphSAINT),
-    "ns-sage": _runner(NeighbourSampling),
-    "sgc": _runner(SGC),
-    "sign": _runner(SIGN),
-    "lp": _runner(LabelPropagation),
-    "c&s": _runner(CorrectAndSmooth),
+PEERS: dict[str, type[Peer]] = {
+    "cluster-gcn": ClusterGCN,
+    "lmc-mixed": LMC,
+    "saint-rw": GraphSAINT,
+    "saint-rw-plain": PlainGraphSAINT,
+    "ns-sage": NeighbourSampling,
+    "sgc": SGC,
+    "sign": SIGN,
+    "lp": LabelPropagation,
+    "c&s": CorrectAndSmooth,
 }
+
+
+def train(method: str, config: Config, dataset: Dataset, batches: int) -> tuple[list[dict], dict]:
+    """(an object an epoch, what the run cost)."""
+    memory.reset_peak()
+    before = memory.resident()
+    peer = PEERS[method](config, dataset, batches)
+    metrics = peer.fit()
+    above = None if before is None else max(0, memory.peak() - before)
+    state = peer.state_bytes()  # of LMC alone, in fp32
+    peak = "" if above is None else round(above / 1e6)
+    return metrics, {"peak_mb": peak, "state_bytes": state, "dense_bytes": state}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from settings import SETTINGS, TIMED, Cell, Run, timed, trials
 
+from vqgnn.files import atomic_write
+
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 ROWS, CURVES = FOLDER / "accuracy.csv", FOLDER / "accuracy_curves.csv"
+SECONDS = FOLDER / "accuracy_seconds.csv"
 COLUMNS = [
     *("dataset", "model", "method", "lr", "changes", "seed", "epochs", "best_epoch"),
     *("train", "val", "test", "stability", "seconds_epoch", "cpu_seconds_epoch", "cpu_seconds_best"),
     *("peak_mb", "state_bytes", "dense_bytes", "device", "config"),
 ]
 CURVE_COLUMNS = ["config", "seed", "epoch", "cpu_seconds", "val", "test"]
+SECONDS_COLUMNS = ["method", "changes", "cpu_seconds_epoch", "rounds", "device", "config"]
 Rows = dict[tuple[str, int], dict[str, str]]  # by (config, seed)
 
 
@@ -35,6 +40,30 @@ def read_curves() -> dict[tuple[str, int], list[dict[str, float]]]:
     return curves
 
 
+def read_seconds() -> dict[str, dict[str, str]]:
+    """What an epoch of a timed run takes, where all took turns, by the configuration of its `pace`."""
+    return {row["config"]: row for row in _read(SECONDS)}
+
+
+def write_seconds(runs: list[Run], seconds: list[float], rounds: int, device: str) -> None:
+    """In place of what was there: numbers of one pass over all are comparable, those of several are not."""
+    rows = (
+        {"method": run.method, "changes": changes_of(run), "cpu_seconds_epoch": round(value, 4), "rounds": rounds,
+         "device": device, "config": run.config}
+        for run, value in zip(runs, seconds, strict=True)
+    )  # fmt: skip
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, SECONDS_COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(SECONDS) as handle:
+        handle.write(text.getvalue().encode())
+
+
+def changes_of(run: Run) -> str:
+    return ";".join(f"{key}={value}" for key, value in run.changes)
+
+
 def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -51,10 +80,10 @@ def append(run: Run, row: dict, curve: list[dict]) -> None:
     """Add a finished run; its course too, if it is one of those that are timed."""
     about = {"dataset": run.dataset, "model": run.model, "method": run.method, "seed": run.seed, "config": run.config}
     about["lr"], about["epochs"] = f"{run.lr:g}", run.options["epochs"]
-    about["changes"] = ";".join(f"{key}={value}" for key, value in run.changes)
+    about["changes"] = changes_of(run)
     _append(ROWS, COLUMNS, [about | row])
-    if (run.config, run.seed) in {(timed(label).config, 0) for label in TIMED} and not on_gpu(row):
-        _append(CURVES, CURVE_COLUMNS, [{"config": run.config, "seed": 0, **point} for point in curve])
+    if run.config in {timed(label).config for label in TIMED} and not on_gpu(row):
+        _append(CURVES, CURVE_COLUMNS, [{"config": run.config, "seed": run.seed, **point} for point in curve])
 
 
 def _append(path: Path, columns: list[str], rows: list[dict]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import peers
 import torch
-from peers import PEERS
 from settings import BATCHES, Run
+from tqdm import tqdm, trange
 
 from vqgnn import datasets
 from vqgnn.config import Config
@@ -69,12 +72,49 @@ def execute(run: Run, threads: int = 1, device: str = "cpu") -> tuple[dict, list
     dataset = datasets.of_config(config)
     if not run.what.trainer:
         with no_denormals():  # as in the trainer
-            metrics, costs = PEERS[run.method](config, dataset, run.options.get("batches", BATCHES))
+            metrics, costs = peers.train(run.method, config, dataset, _batches(run))
     else:
         metrics, costs = _train(run, config, dataset)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} x {torch.get_num_threads()} threads"
     row = _row(metrics, dataset.metric if config.metric == "auto" else config.metric)
-    return row | costs | {"device": name}, _course(metrics)
+    return row | costs | {"device": device_name(device)}, _course(metrics)
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} x {torch.get_num_threads()} threads"
+
+
+def _batches(run: Run) -> int:
+    return run.options.get("batches", BATCHES)
+
+
+def keep_freed_memory() -> None:
+    """glibc's malloc: nothing by mmap, nothing given back. Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def epoch_seconds(runs: list[Run], rounds: int, threads: int = 1) -> list[float]:
+    """CPU seconds of each run's epoch: the median of rounds in which all take turns, as a machine's speed changes.
+
+    Training alone, without evaluation; after an epoch to warm up. Freed memory is kept: to give it back and take it
+    anew, which glibc does with large tensors, is a third to a half of full batch's time.
+    """
+    warnings.simplefilter("ignore")
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    trainers = []
+    for run in tqdm(runs, "build", leave=False):
+        config = config_of(run, threads)
+        dataset = datasets.of_config(config)
+        ours = run.what.trainer
+        trainers.append(Trainer(config, dataset) if ours else peers.PEERS[run.method](config, dataset, _batches(run)))
+    with no_denormals():
+        times = [
+            [trainer.train_epoch()["cpu_seconds"] for trainer in trainers] for _ in trange(rounds + 1, desc="round")
+        ]
+    return [statistics.median(seconds) for seconds in zip(*times[1:], strict=True)]
 
 
 def _train(run: Run, config: Config, dataset: datasets.Dataset) -> tuple[list[dict], dict]:
