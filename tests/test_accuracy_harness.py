@@ -37,6 +37,7 @@ def harness(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(results, "ROWS", tmp_path / "accuracy.csv")
     monkeypatch.setattr(results, "CURVES", tmp_path / "curves.csv")
+    monkeypatch.setattr(results, "SECONDS", tmp_path / "seconds.csv")
     threads = torch.get_num_threads()
     yield settings, results, worker
     torch.set_num_threads(threads)
