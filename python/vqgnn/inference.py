@@ -23,7 +23,7 @@ from .loader import Batch, BatchLoader
 from .store_conv import StoreConv
 
 METHODS = ("exact", "vq", "stale")
-_BATCH = 32_768  # nodes at a time: activations of a few tens of MB at 128 channels
+_BATCH = 16_384  # nodes at a time: 8 MB an activation of 128 channels, below what malloc takes from the system
 _PROBE_NODES = 8
 
 
@@ -377,12 +377,12 @@ class _Sweep:
         return self.quantise and conv.store_use.input is None
 
     def _close_inputs(self) -> None:
-        if self.on_inputs is not None:
-            self.on_inputs(self.target, self.recorded)
         if self._codes(self.target):
             self.inputs = Rows("pq", self.recorded, None, self.target.store_use.store.codebook.x_values)
         else:
             self.inputs = Rows("fp32" if self.dtype == torch.float32 else "fp16", self.recorded, None, None)
+        if self.on_inputs is not None:  # the last layer's rows, [n, f] too, are given up by now
+            self.on_inputs(self.target, self.recorded)
 
     def _rows(self, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
         """An [n, *dims] table in RAM or in a scratch file."""

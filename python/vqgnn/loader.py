@@ -113,7 +113,8 @@ class BatchLoader:
             `batch.loss_weight` times the losses of the nodes, and an epoch's sum is unbiased. They are for `Data`.
         shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
         seed: with the epoch's number it decides the order.
-        prefetch: batches built ahead by a background thread; 0 builds them in the caller's.
+        prefetch: batches that a background thread builds ahead, so many besides the caller's being in memory; 0 builds
+            them in the caller's thread.
         cache_dir: folder for partitions; default: the user's cache folder.
         device: where the model computes; default: the data's. Batches of data in RAM are moved to a GPU by a copy
             stream of their own, while the model computes.
@@ -246,7 +247,8 @@ class BatchLoader:
         return batch
 
     def _in_background(self, build: Callable[[Tensor], Batch], node_ids: list[Tensor]) -> Iterator[Batch]:
-        ready: queue.Queue = queue.Queue(self.prefetch)
+        ready: queue.SimpleQueue = queue.SimpleQueue()
+        slots = threading.Semaphore(self.prefetch)  # taken before a batch is built: none waits to be put anywhere
         stop, user = threading.Event(), threading.current_thread()
         # For data on a GPU the model's stream: what is built is then in order with what it computes.
         on_gpu, device = self.graph.device.type == "cuda", self.graph.device
@@ -258,23 +260,22 @@ class BatchLoader:
             alive = threading.main_thread().is_alive() or (not user.daemon and user.is_alive())
             return alive and not stop.is_set()
 
-        def put(item) -> None:
+        def slot() -> bool:
             while wanted():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+                if slots.acquire(timeout=0.1):
+                    return True
+            return False
 
         def work() -> None:
             set_num_threads(1)  # the cores belong to the model; this thread only keeps ahead of it
             try:
                 with context:
                     for n_id in node_ids:
-                        if not wanted():
+                        if not slot():
                             return
-                        put(build(n_id))
+                        ready.put(build(n_id))
             except BaseException as error:
-                put(error)
+                ready.put(error)
 
         # daemon=False: one that a daemon thread begins would else be a daemon too
         thread = threading.Thread(target=work, name="vqgnn-loader", daemon=False)
@@ -282,6 +283,7 @@ class BatchLoader:
         try:
             for _ in node_ids:
                 item = ready.get()
+                slots.release()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
