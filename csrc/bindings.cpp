@@ -61,6 +61,8 @@ const char* isa_name() {
 // ---- vq_assign, codebook_update ------------------------------------------------------------------------------------
 VQGNN_DECLARE(void vq_assign(const float* v, int64_t b, int64_t row_stride, const float* codebook, int64_t m, int64_t K,
                              int64_t dv, const float* mean, const float* rstd, void* codes))
+VQGNN_DECLARE(void codebook_rows(const float* x, int64_t b, int64_t x_stride, int64_t f, const float* g,
+                                 int64_t g_stride, int64_t d, int64_t e, float* v, float* mean, float* var))
 VQGNN_DECLARE(int64_t codebook_stats(const float* v, int64_t b, int64_t row_stride, const void* codes, int64_t m,
                                      int64_t K, int64_t dv, const float* mean, const float* rstd, float* counts,
                                      float* sums))
@@ -94,6 +96,16 @@ void vq_assign(uintptr_t v, int64_t b, int64_t row_stride, uintptr_t codebook, i
   py::gil_scoped_release release;
   VQGNN_DISPATCH(vq_assign, pointer<const float>(v), b, row_stride, pointer<const float>(codebook), m, K, dv,
                  pointer<const float>(mean), pointer<const float>(rstd), pointer<void>(codes));
+}
+
+void codebook_rows(uintptr_t x, int64_t b, int64_t x_stride, int64_t f, uintptr_t g, int64_t g_stride, int64_t d,
+                   int64_t e, uintptr_t v, uintptr_t mean, uintptr_t var) {
+  if (b < 0 || f < 1 || d < 1 || e < 0 || (b > 0 && (x == 0 || v == 0 || (e > 0 && g == 0))) || mean == 0 || var == 0) {
+    throw std::invalid_argument("need b >= 0, f >= 1, d >= 1, e >= 0 and addresses of every array");
+  }
+  py::gil_scoped_release release;
+  VQGNN_DISPATCH(codebook_rows, pointer<const float>(x), b, x_stride, f, pointer<const float>(g), g_stride, d, e,
+                 pointer<float>(v), pointer<float>(mean), pointer<float>(var));
 }
 
 void codebook_stats(uintptr_t v, int64_t b, int64_t row_stride, uintptr_t codes, int64_t m, int64_t K, int64_t dv,
@@ -422,6 +434,7 @@ PYBIND11_MODULE(_C, m) {
 
   // vq_assign, codebook_update
   m.def("vq_assign", &vq_assign);
+  m.def("codebook_rows", &codebook_rows);
   m.def("codebook_stats", &codebook_stats);
   m.def("codebook_update", &codebook_update);
   bind_graph_ops(m);

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vqgnn_kernels import codebook_stats, codebook_update, vq_assign_stats
+from vqgnn_kernels import codebook_rows, codebook_stats, codebook_update, vq_assign_stats
 from vqgnn_kernels.codebook_update import code_dtype, reference
 
 SIZES = [(0, 2, 5, 8), (1, 3, 1, 8), (600, 5, 256, 8), (700, 3, 257, 4), (301, 3, 7, 3), (99, 33, 4, 1), (50, 2, 9, 19)]
@@ -34,6 +34,63 @@ def test_stats_agree_with_reference(size, dtype, device):
         expected = reference.codebook_stats(v, codes, size[2], *whitening)
         assert torch.equal(counts, expected[0])
         torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=1e-4)
+
+
+# b, f, d, e
+PARTS = [(0, 8, 4, 1), (1, 5, 4, 1), (200, 128, 4, 1), (130, 30, 4, 0), (64, 8, 2, 2), (65, 7, 3, 5), (33, 3, 16, 0)]
+
+
+def parts(b, f, d, e, device, dtype=torch.float32):
+    """x and g of other sizes than each other, far from 0 for their spread."""
+    x = (torch.randn(b, f, device=device) * 3 + 50).to(dtype)
+    g = (torch.randn(b, -(-f // d) * e, device=device) * 1e-4 + 1e-3).to(dtype) if e else None
+    return x, g
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", PARTS, ids=str)
+def test_rows_agree_with_reference(size, dtype, device):
+    x, g = parts(*size, device, dtype)
+    v, mean, var = codebook_rows(x, g, size[2])
+    expected = reference.codebook_rows(x, g, size[2])
+    assert torch.equal(v, expected[0])
+    torch.testing.assert_close(mean, expected[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(var, expected[2], rtol=1e-4, atol=1e-15)
+
+
+def test_rows_done_by_hand():
+    x, g = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]]), torch.tensor([[7.0, 8.0], [9.0, 8.0]])
+    v, mean, var = codebook_rows(x, g, 2)
+    assert v.tolist() == [[1, 2, 7, 3, 0, 8], [3, 2, 9, 5, 0, 8]]
+    assert mean.tolist() == [2, 2, 8, 4, 0, 8] and var.tolist() == [1, 0, 1, 1, 0, 0]
+
+
+def test_rows_of_strided_parts(device):
+    x, g = parts(70, 12, 4, 2, device)
+    wide = torch.full((70, 24), torch.nan, device=device)
+    wide[:, ::2] = x
+    one = g[:1]
+    for got, want in zip(
+        codebook_rows(wide[:, ::2], one.expand(70, -1), 4), codebook_rows(x, one.repeat(70, 1), 4), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "g", "d", "message"),
+    [
+        (torch.zeros(3, 8), None, 0, "branch_dim=0 must be 1 or more"),
+        (torch.zeros(3), None, 4, "x "),
+        (torch.zeros(3, 0), None, 4, "x has no columns"),
+        (torch.zeros(3, 8).double(), None, 4, "x has dtype"),
+        (torch.zeros(3, 8), torch.zeros(2, 2), 4, "g "),
+        (torch.zeros(3, 8), torch.zeros(3, 3), 4, r"g must be \[3, m\*e\] on cpu with m = 2 branches"),
+        (torch.zeros(3, 8), torch.zeros(3, 0), 4, "e of 1 or more"),
+    ],
+)
+def test_rows_of_bad_parts(x, g, d, message):
+    with pytest.raises(ValueError, match=message):
+        codebook_rows(x, g, d)
 
 
 def check_update(ours, counts, sums, options):

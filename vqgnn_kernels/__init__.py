@@ -4,7 +4,7 @@ from ._backend import backends, set_num_threads, transfer_engine
 from ._library import register
 from .aggregate import CSR, Rows, aggregate
 from .attention_aggregate import attention_aggregate, code_scores, row_scores
-from .codebook_update import codebook_stats, codebook_update
+from .codebook_update import codebook_rows, codebook_stats, codebook_update
 from .csr_slice import csr_slice, csr_slice_values
 from .global_attention import global_attention
 from .hash_dropout import hash_dropout
@@ -18,6 +18,7 @@ __all__ = [
     "attention_aggregate",
     "backends",
     "code_scores",
+    "codebook_rows",
     "codebook_stats",
     "codebook_update",
     "csr_slice",

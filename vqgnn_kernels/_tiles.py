@@ -49,6 +49,12 @@ TILES["vq_assign_dot_fwd_kernel"] = (
 )
 
 # codebook_update
+TILES["codebook_rows_kernel"] = (
+    Tile({"BLOCK_C": 64}, why="DRAM: reads x and g and writes v once; a block's rows wait in registers for their mean"),
+)
+TILES["codebook_moments_kernel"] = (
+    Tile({"BLOCK_B": 32, "BLOCK_C": 32}, why="latency: b / 64 rows of partial moments, read twice"),
+)
 TILES["codebook_stats_atomic_kernel"] = (
     Tile(
         {"BLOCK_B": 128},

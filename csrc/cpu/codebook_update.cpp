@@ -1,6 +1,6 @@
-// Cluster sizes and sums of a batch, and the EMA step of all codebooks of a layer.
+// A batch's rows as branches have them, their moments, cluster sizes and sums, and the EMA step of all codebooks.
 //
-// Work is shared out by branches and a branch adds its rows in order, so results do not depend on the thread count.
+// Moments are added up by blocks of rows, the rest by branches, each in order: no result depends on the thread count.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -11,6 +11,58 @@
 namespace vqgnn {
 namespace VQGNN_ISA {
 namespace {
+
+constexpr int64_t kBlock = 64;     // rows whose moments are taken at once, around their own mean, from the cache
+constexpr int64_t kSmall = 1 << 14;  // numbers: below, starting threads costs more than it saves
+
+struct Parts {
+  const float* x;
+  int64_t x_stride, f;
+  const float* g;
+  int64_t g_stride, d, e;
+};
+
+// Row i of [X || G], branch by branch.
+template <int D, int E>
+VQGNN_INLINE void pack(const Parts& p, int64_t i, float* out) {
+  const int64_t d = D ? D : p.d, e = D ? E : p.e;
+  const float *x = p.x + i * p.x_stride, *g = p.g + i * p.g_stride;
+  int64_t left = p.f;
+  for (; left >= d; left -= d, x += d, g += e, out += d + e) {
+    for (int64_t c = 0; c < d; ++c) out[c] = x[c];
+    for (int64_t c = 0; c < e; ++c) out[d + c] = g[c];
+  }
+  if (left == 0) return;
+  for (int64_t c = 0; c < d; ++c) out[c] = c < left ? x[c] : 0.0f;
+  for (int64_t c = 0; c < e; ++c) out[d + c] = g[c];
+}
+
+// mean and sum of squares around it, [width] each, of rows [n, width]
+void block_moments(const float* rows, int64_t n, int64_t width, float* __restrict mean, float* __restrict square) {
+  std::fill_n(mean, width, 0.0f);
+  std::fill_n(square, width, 0.0f);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < width; ++c) mean[c] += rows[i * width + c];
+  }
+  for (int64_t c = 0; c < width; ++c) mean[c] /= static_cast<float>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < width; ++c) {
+      const float off = rows[i * width + c] - mean[c];
+      square[c] += off * off;
+    }
+  }
+}
+
+template <int D, int E>
+void pack_blocks(const Parts& p, int64_t b, int64_t width, float* v, float* moments) {
+#pragma omp parallel for schedule(static) if (b * width > kSmall)
+  for (int64_t first = 0; first < b; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, b);
+    for (int64_t i = first; i < last; ++i) pack<D, E>(p, i, v + i * width);
+    float* mean = moments + first / kBlock * 2 * width;
+    block_moments(v + first * width, last - first, width, mean, mean + width);
+  }
+}
 
 constexpr int64_t kBranches = 4;  // branches a task: 128 contiguous bytes a row at dv = 8
 
@@ -94,6 +146,36 @@ uint64_t splitmix64(uint64_t seed, uint64_t index) {
 }
 
 }  // namespace
+
+// v [b, m*(d+e)] and the mean and variance of its columns (Chan et al.'s sum of the blocks').
+void codebook_rows(const float* x, int64_t b, int64_t x_stride, int64_t f, const float* g, int64_t g_stride, int64_t d,
+                   int64_t e, float* v, float* mean, float* var) {
+  const int64_t width = (f + d - 1) / d * (d + e);
+  std::vector<float> moments((b + kBlock - 1) / kBlock * 2 * width);
+  const Parts parts{x, x_stride, f, g, g_stride, d, e};
+  if (d == 4 && e == 1) {
+    pack_blocks<4, 1>(parts, b, width, v, moments.data());
+  } else if (d == 4 && e == 0) {
+    pack_blocks<4, 0>(parts, b, width, v, moments.data());
+  } else {
+    pack_blocks<0, 0>(parts, b, width, v, moments.data());
+  }
+  std::vector<double> sum(2 * width);  // mean, then squares around it
+  double *middle = sum.data(), *square = sum.data() + width;
+  for (int64_t first = 0; first < b; first += kBlock) {
+    const float* block = moments.data() + first / kBlock * 2 * width;
+    const double n = first, more = std::min(kBlock, b - first), share = more / (n + more);
+    for (int64_t c = 0; c < width; ++c) {
+      const double apart = block[c] - middle[c];
+      middle[c] += apart * share;
+      square[c] += block[width + c] + apart * apart * n * share;
+    }
+  }
+  for (int64_t c = 0; c < width; ++c) {
+    mean[c] = static_cast<float>(middle[c]);
+    var[c] = static_cast<float>(b == 0 ? 0.0 : square[c] / static_cast<double>(b));
+  }
+}
 
 // Returns a code outside 0..K-1 when there is one (counts and sums are then of no use), else -1.
 // Negative int16 codes count as 2^16 more.

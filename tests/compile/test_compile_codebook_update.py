@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqgnn_kernels import codebook_stats, codebook_update
+from vqgnn_kernels import codebook_rows, codebook_stats, codebook_update
 from vqgnn_kernels.codebook_update import code_dtype
 
 
@@ -27,3 +27,19 @@ def test_codebook_update(compiled, size, dtype):
     compiled(f"stats sorted {case}", lambda: codebook_stats(v, codes, K, mean, rstd, deterministic=True))
     revival = {"v": v, "mean": mean, "rstd": rstd, "revive_below": 0.1, "seed": b}
     compiled(f"update {case}", lambda: codebook_update(*state, counts, sums, 0.9, **revival))
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((1000, 128, 4, 1), torch.float32),
+        ((1000, 128, 4, 0), torch.bfloat16),
+        ((1000, 47, 8, 8), torch.float16),
+        ((1, 1, 1, 1), torch.float32),
+    ],
+    ids=str,
+)
+def test_codebook_rows(compiled, size, dtype):
+    b, f, d, e = size
+    x, g = torch.zeros(b, f, dtype=dtype), torch.zeros(b, -(-f // d) * e, dtype=dtype) if e else None
+    compiled(f"rows f={f} d={d} e={e} {str(dtype).removeprefix('torch.')}", lambda: codebook_rows(x, g, d))

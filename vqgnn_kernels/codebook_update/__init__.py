@@ -1,10 +1,50 @@
-"""Learning the codewords: per-codeword statistics of a batch and the EMA update (VQ-GNN, algorithm 2)."""
+"""Learning the codewords: a batch's rows, their statistics by codeword and the EMA update (VQ-GNN, algorithm 2)."""
 
 import torch
 from torch import Tensor
 
 from .._backend import implementation
 from .._library import register
+from .._types import FLOATS, check_tensor
+
+
+def codebook_rows(
+    x: Tensor,  # [b, f]
+    g: Tensor | None,  # [b, m*e]
+    branch_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [b, m*(d+e)], [m*(d+e)], [m*(d+e)]
+    """What the branches of a product quantiser are given of a batch, and its moments, in one pass over x and g.
+
+    With d = branch_dim, m = ceil(f / d) and w = d + e, columns j*w .. j*w + d - 1 of v are columns j*d .. j*d + d - 1
+    of x (0 from f on), the e columns after them are columns j*e .. j*e + e - 1 of g: V = [X || G] of VQ-GNN, eq. 7.
+
+    Args:
+        x: [b, f] fp32, fp16 or bf16 node states.
+        g: [b, m*e] fp32, fp16 or bf16, what is quantised together with them; None: nothing is, e = 0.
+        branch_dim: d, channels a branch.
+
+    Returns:
+        v [b, m*w] fp32, and the mean and the variance (of b, not b - 1) of its columns, [m*w] fp32, 0 for b = 0. Not
+        differentiable.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    if branch_dim < 1:
+        raise ValueError(f"branch_dim={branch_dim} must be 1 or more")
+    check_tensor("x", x, FLOATS, (None, None))
+    m = -(-x.shape[1] // branch_dim)
+    if not m:
+        raise ValueError("x has no columns; it must be [b, f] with f of 1 or more")
+    if g is not None:
+        check_tensor("g", g, FLOATS, (x.shape[0], None))
+        if g.shape[1] == 0 or g.shape[1] % m or g.device != x.device:
+            raise ValueError(
+                f"g must be [{x.shape[0]}, m*e] on {x.device} with m = {m} branches (of {branch_dim} of x's "
+                f"{x.shape[1]} columns) and e of 1 or more, got {list(g.shape)} on {g.device}"
+            )
+        g = g.detach()
+    return _codebook_rows(x.detach(), g, branch_dim)
 
 
 def codebook_stats(
@@ -153,6 +193,16 @@ def check_rows(v: Tensor, width: int, mean: Tensor | None, rstd: Tensor | None, 
             )
 
 
+def _rows_implementation(x, g, branch_dim):
+    return implementation(__name__, x, g).codebook_rows(x, g, branch_dim)
+
+
+def _rows_fake(x, g, branch_dim):
+    width = -(-x.shape[1] // branch_dim) * branch_dim + (0 if g is None else g.shape[1])
+    empty = (x.new_empty(shape, dtype=torch.float32) for shape in ((x.shape[0], width), (width,), (width,)))
+    return tuple(empty)
+
+
 def _stats_implementation(v, codes, num_codes, mean, rstd, deterministic=False):
     return implementation(__name__, v, codes).codebook_stats(v, codes, num_codes, mean, rstd, deterministic)
 
@@ -173,6 +223,11 @@ def _update_fake(codebook, ema_counts, ema_sums, counts, sums, decay, eps, v, me
     return codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
+_codebook_rows = register(
+    "codebook_rows(Tensor x, Tensor? g, int branch_dim) -> (Tensor, Tensor, Tensor)",
+    _rows_implementation,
+    _rows_fake,
+)
 _codebook_stats = register(
     "codebook_stats(Tensor v, Tensor codes, int num_codes, Tensor? mean, Tensor? rstd, bool deterministic=False) "
     "-> (Tensor, Tensor)",

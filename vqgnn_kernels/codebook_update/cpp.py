@@ -14,6 +14,18 @@ def float_rows(v: Tensor) -> Tensor:
     return v if v.stride(1) == 1 and v.stride(0) >= v.shape[1] else v.contiguous()
 
 
+def codebook_rows(x: Tensor, g: Tensor | None, branch_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, g = float_rows(x), None if g is None else float_rows(g)
+    (b, f), m = x.shape, -(-x.shape[1] // branch_dim)
+    e = 0 if g is None else g.shape[1] // m
+    v, moments = torch.empty(b, m * (branch_dim + e)), torch.empty(2, m * (branch_dim + e))
+    _C.codebook_rows(
+        address(x), b, x.stride(0), f, address(g), 0 if g is None else g.stride(0), branch_dim, e,
+        address(v), address(moments[0]), address(moments[1]),
+    )  # fmt: skip
+    return v, moments[0], moments[1]
+
+
 def codebook_stats(
     v: Tensor, codes: Tensor, num_codes: int, mean: Tensor | None, rstd: Tensor | None, deterministic: bool = True
 ) -> tuple[Tensor, Tensor]:  # the sums have one fixed order in any case

@@ -1,4 +1,4 @@
-"""The slow obvious truth of codebook_stats and codebook_update."""
+"""The slow obvious truth of codebook_rows, codebook_stats and codebook_update."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,23 @@ def splitmix64(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def codebook_rows(
+    x: Tensor,  # [b, f]
+    g: Tensor | None,  # [b, m*e]
+    branch_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [b, m*(d+e)], [m*(d+e)], [m*(d+e)]
+    (b, f), m = x.shape, -(-x.shape[1] // branch_dim)
+    e = 0 if g is None else g.shape[1] // m
+    v = torch.zeros(b, m, branch_dim + e, device=x.device)
+    v[..., :branch_dim] = torch.nn.functional.pad(x.float(), (0, m * branch_dim - f)).view(b, m, branch_dim)
+    if g is not None:
+        v[..., branch_dim:] = g.view(b, m, e)
+    v = v.view(b, m * (branch_dim + e))
+    mean = v.double().sum(0) / max(b, 1)
+    var = (v - mean).square().sum(0) / max(b, 1)
+    return v, mean.float(), var.float()
 
 
 def codebook_stats(

@@ -1,4 +1,4 @@
-"""Triton kernels of codebook_stats and codebook_update."""
+"""Triton kernels of codebook_rows, codebook_stats and codebook_update."""
 
 import torch
 import triton
@@ -7,6 +7,80 @@ from torch import Tensor
 
 from .. import _triton
 from .._types import contiguous
+
+
+@triton.jit(do_not_specialize=["b"])
+def codebook_rows_kernel(
+    p_x,
+    p_g,
+    p_v,
+    p_means,
+    p_squares,
+    b,
+    stride_x,
+    stride_g,
+    f,
+    width,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """ROWS rows of v, their mean and the squares around it."""
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    branch, channel = columns // (D + E), columns % (D + E)
+    m_row, m_column = (rows < b)[:, None], columns < width
+    of_x = branch * D + channel
+    m_x = m_row & (m_column & (channel < D) & (of_x < f))[None, :]
+    b_v = tl.load(p_x + rows[:, None] * stride_x + of_x[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if E > 0:
+        of_g = branch * E + channel - D
+        m_g = m_row & (m_column & (channel >= D))[None, :]
+        b_v += tl.load(p_g + rows[:, None] * stride_g + of_g[None, :], mask=m_g, other=0.0).to(tl.float32)
+    tl.store(p_v + rows[:, None] * width + columns[None, :], b_v, mask=m_row & m_column[None, :])
+    mean = tl.sum(b_v, 0) / tl.minimum(b - block * ROWS, ROWS).to(tl.float32)
+    b_off = tl.where(m_row, b_v - mean[None, :], 0.0)
+    tl.store(p_means + block * width + columns, mean, mask=m_column)
+    tl.store(p_squares + block * width + columns, tl.sum(b_off * b_off, 0), mask=m_column)
+
+
+@triton.jit(do_not_specialize=["b", "blocks"])
+def codebook_moments_kernel(
+    p_means,
+    p_squares,
+    p_mean,
+    p_var,
+    b,
+    blocks,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Moments of all rows from those of blocks of ROWS of them."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_column = (columns < width)[None, :]
+    b_sum = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    for first in range(0, blocks, BLOCK_B):
+        block = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+        count = tl.minimum(b - block * ROWS, ROWS).to(tl.float32)[:, None]
+        m_block = (block < blocks)[:, None] & m_column
+        place = block[:, None] * width + columns[None, :]
+        b_sum += count * tl.load(p_means + place, mask=m_block, other=0.0)
+    mean = tl.sum(b_sum, 0) / b
+    b_square = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    for first in range(0, blocks, BLOCK_B):
+        block = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+        count = tl.minimum(b - block * ROWS, ROWS).to(tl.float32)[:, None]
+        m_block = (block < blocks)[:, None] & m_column
+        place = block[:, None] * width + columns[None, :]
+        off = tl.load(p_means + place, mask=m_block, other=0.0) - mean[None, :]
+        square = tl.load(p_squares + place, mask=m_block, other=0.0)
+        b_square += tl.where(m_block, square + count * off * off, 0.0)
+    tl.store(p_mean + columns, mean, mask=columns < width)
+    tl.store(p_var + columns, tl.sum(b_square, 0) / b, mask=columns < width)
 
 
 @triton.jit
@@ -170,6 +244,34 @@ def codebook_update_kernel(
         tl.store(p_ema_sums + place, b_sum, mask=m_c)
         tl.store(p_codebook + place, b_c, mask=m_write)
     tl.store(p_revived + j, tl.sum(b_revived, 0))
+
+
+_ROWS = 64  # a block of codebook_rows
+
+
+def codebook_rows(x: Tensor, g: Tensor | None, branch_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, g = contiguous(x, g)
+    (b, f), m = x.shape, -(-x.shape[1] // branch_dim)
+    e = 0 if g is None else g.shape[1] // m
+    width, blocks = m * (branch_dim + e), triton.cdiv(b, _ROWS)
+    options = {"dtype": torch.float32, "device": x.device}
+    v, moments = torch.empty(b, width, **options), torch.zeros(2, width, **options)
+    if b == 0:
+        return v, *moments
+    means, squares = torch.empty(2, blocks, width, **options)
+    arguments = {
+        "p_x": x, "p_g": g, "p_v": v, "p_means": means, "p_squares": squares, "b": b, "stride_x": f,
+        "stride_g": m * e, "f": f, "width": width, "D": branch_dim, "E": e, "ROWS": _ROWS,
+    }  # fmt: skip
+    _triton.launch(
+        codebook_rows_kernel, lambda tile: (blocks, triton.cdiv(width, tile["BLOCK_C"])), arguments, pure=True
+    )
+    arguments = {
+        "p_means": means, "p_squares": squares, "p_mean": moments[0], "p_var": moments[1], "b": b, "blocks": blocks,
+        "width": width, "ROWS": _ROWS,
+    }  # fmt: skip
+    _triton.launch(codebook_moments_kernel, lambda tile: (triton.cdiv(width, tile["BLOCK_C"]),), arguments, pure=True)
+    return v, moments[0], moments[1]
 
 
 def codebook_stats(
