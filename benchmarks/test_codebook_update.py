@@ -1,4 +1,4 @@
-"""A batch's rows, codebook_stats and codebook_update from given codes, assign + update of a layer: against torch and others.
+"""codebook_rows, codebook_stats and codebook_update, and assign + update of one layer, against torch and libraries.
 
 The official VQ-GNN allocates an array of distances and a one-hot matrix a branch, so glibc's allocator weighs on it:
 run with MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 too, which takes that away.
