@@ -227,7 +227,7 @@ def test_thread_count_does_not_change_a_bit():
             tensors = state(7, 300, 8, "cpu")
             stats = codebook_stats(v, codes, 300, mean, rstd)
             revived = codebook_update(*tensors, *stats, 0.9, v=v, mean=mean, rstd=rstd, revive_below=1.0)
-            results.append((*stats, *tensors, revived))
+            results.append((*stats, *tensors, revived, *codebook_rows(v, v[:, :14], 8)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -235,6 +235,9 @@ def test_thread_count_does_not_change_a_bit():
 
 
 def test_opcheck(device):
+    x, g = parts(30, 10, 4, 2, device)
+    torch.library.opcheck(torch.ops.vqgnn.codebook_rows, (x, g, 4))
+    torch.library.opcheck(torch.ops.vqgnn.codebook_rows, (x, None, 4))
     v, codes, mean, rstd = rows(30, 2, 9, 3, device)
     counts, sums = codebook_stats(v, codes, 9)
     torch.library.opcheck(torch.ops.vqgnn.codebook_stats, (v, codes, 9, mean, rstd))

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from vqgnn_kernels import codebook_stats, vq_assign, vq_assign_stats
+from vqgnn_kernels import codebook_rows, codebook_stats, vq_assign, vq_assign_stats
 from vqgnn_kernels.codebook_update.reference import whiten
 from vqgnn_kernels.vq_assign import reference
 
@@ -121,11 +121,11 @@ def test_baseline_instruction_set_agrees(tmp_path):
     torch.save((v, codebook, mean, rstd), tmp_path / "problem.pt")
     script = (
         "import sys, torch, vqgnn_kernels as k; v, *rest = torch.load(sys.argv[1]);"
-        "torch.save((k.backends()['cpp'], k.vq_assign_stats(v, *rest)), sys.argv[2])"
+        "torch.save((k.backends()['cpp'], k.vq_assign_stats(v, *rest), k.codebook_rows(v, v[:, :3], 8)), sys.argv[2])"
     )
     files = [str(tmp_path / "problem.pt"), str(tmp_path / "result.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True, env={**os.environ, "VQGNN_ISA": "base"})
-    state, (codes, counts, sums) = torch.load(files[1])
+    state, (codes, counts, sums), parts = torch.load(files[1])
     if state.startswith("off"):
         pytest.skip(f"the C++ back-end is {state}")
     assert state == "used (base)"
@@ -133,6 +133,8 @@ def test_baseline_instruction_set_agrees(tmp_path):
     expected = codebook_stats(v, codes, 260, mean, rstd)
     assert torch.equal(counts, expected[0])
     torch.testing.assert_close(sums, expected[1])
+    for got, want in zip(parts, codebook_rows(v, v[:, :3], 8), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_opcheck(device):

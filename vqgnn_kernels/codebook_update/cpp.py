@@ -18,12 +18,13 @@ def codebook_rows(x: Tensor, g: Tensor | None, branch_dim: int) -> tuple[Tensor,
     x, g = float_rows(x), None if g is None else float_rows(g)
     (b, f), m = x.shape, -(-x.shape[1] // branch_dim)
     e = 0 if g is None else g.shape[1] // m
-    v, moments = torch.empty(b, m * (branch_dim + e)), torch.empty(2, m * (branch_dim + e))
+    width = m * (branch_dim + e)
+    v, mean, var = (torch.empty(shape, dtype=torch.float32) for shape in ((b, width), (width,), (width,)))
     _C.codebook_rows(
         address(x), b, x.stride(0), f, address(g), 0 if g is None else g.stride(0), branch_dim, e,
-        address(v), address(moments[0]), address(moments[1]),
+        address(v), address(mean), address(var),
     )  # fmt: skip
-    return v, moments[0], moments[1]
+    return v, mean, var
 
 
 def codebook_stats(

@@ -254,11 +254,10 @@ def codebook_rows(x: Tensor, g: Tensor | None, branch_dim: int) -> tuple[Tensor,
     (b, f), m = x.shape, -(-x.shape[1] // branch_dim)
     e = 0 if g is None else g.shape[1] // m
     width, blocks = m * (branch_dim + e), triton.cdiv(b, _ROWS)
-    options = {"dtype": torch.float32, "device": x.device}
-    v, moments = torch.empty(b, width, **options), torch.zeros(2, width, **options)
     if b == 0:
-        return v, *moments
-    means, squares = torch.empty(2, blocks, width, **options)
+        return tuple(x.new_zeros(shape, dtype=torch.float32) for shape in ((0, width), (width,), (width,)))
+    shapes = (b, width), (width,), (width,), (blocks, width), (blocks, width)
+    v, mean, var, means, squares = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     arguments = {
         "p_x": x, "p_g": g, "p_v": v, "p_means": means, "p_squares": squares, "b": b, "stride_x": f,
         "stride_g": m * e, "f": f, "width": width, "D": branch_dim, "E": e, "ROWS": _ROWS,
@@ -267,11 +266,11 @@ def codebook_rows(x: Tensor, g: Tensor | None, branch_dim: int) -> tuple[Tensor,
         codebook_rows_kernel, lambda tile: (blocks, triton.cdiv(width, tile["BLOCK_C"])), arguments, pure=True
     )
     arguments = {
-        "p_means": means, "p_squares": squares, "p_mean": moments[0], "p_var": moments[1], "b": b, "blocks": blocks,
+        "p_means": means, "p_squares": squares, "p_mean": mean, "p_var": var, "b": b, "blocks": blocks,
         "width": width, "ROWS": _ROWS,
     }  # fmt: skip
     _triton.launch(codebook_moments_kernel, lambda tile: (triton.cdiv(width, tile["BLOCK_C"]),), arguments, pure=True)
-    return v, moments[0], moments[1]
+    return v, mean, var
 
 
 def codebook_stats(
