@@ -2,13 +2,13 @@
 
     python benchmarks/accuracy run                     # what is missing of all tables
     python benchmarks/accuracy run --dry-run           # how much is missing, and about how long it takes
-    python benchmarks/accuracy time                    # CPU seconds of an epoch, side by side, of what is timed
     python benchmarks/accuracy render                  # docs/results.md, its plots, and README's tables
 
 Every run has a hash of all that decides its result, and one row in results/accuracy.csv: a run that is there is not
 made again, one with other settings is. Each method of a data set and model has the same tuning budget: its step sizes
 at seed 0 (cora and pubmed: at all), of which the better by validation accuracy is run for the other seeds. Runs go
-seed by seed, so that the table is complete for fewer seeds when it is stopped (Ctrl-C, --minutes).
+seed by seed, so that the table is complete for fewer seeds when it is stopped (Ctrl-C, --minutes). At last an epoch of
+each method that is timed to an accuracy is timed beside the others, once: results/accuracy_seconds.csv has them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from settings import (
 )
 
 TABLES = ("main", "timed", "ablations")
+ROUNDS = 5  # epochs of each method that are timed side by side
 # The guess, times the setting's seconds.
 _SLOW = {"ns-sage": 8.0, "lmc": 1.5, "lmc-mixed": 4.0, "saint-rw": 1.5, "vq-paper": 2.0}
 
@@ -144,25 +145,34 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {run.name}: about {estimate(run, rows):.0f} s")
         else:
             failed += run_all(missing, args.jobs, args.threads, args.device, end)
+    if "timed" in args.tables and time.monotonic() < end:
+        take_time(args.threads, args.dry_run)
     return 1 if failed else 0
 
 
-def take_time(args: argparse.Namespace) -> int:
+def take_time(threads: int, dry: bool) -> None:
+    """CPU seconds of an epoch of all that is timed, side by side, unless they are there."""
+    runs = list({run.config: run for label in TIMED for run in [pace(timed(label))]}.values())
+    if {run.config for run in runs} <= results.read_seconds().keys():
+        return
+    print(
+        f"{len(runs)} epochs to be timed side by side, {ROUNDS} times: about {len(runs) * ROUNDS * 4 // 60 + 1} minutes"
+    )
+    if dry:
+        return
     import worker
 
-    runs = list({run.config: run for label in TIMED for run in [pace(timed(label))]}.values())
-    seconds = worker.epoch_seconds(runs, args.rounds, args.threads)
+    seconds = worker.epoch_seconds(runs, ROUNDS, threads)
     for run, value in zip(runs, seconds, strict=True):
-        print(f"{run.name}: {value:.2f} CPU s an epoch")
-    results.write_seconds(runs, seconds, args.rounds, worker.device_name("cpu"))
-    return 0
+        print(f"  {run.name}: {value:.2f} CPU s an epoch")
+    results.write_seconds(runs, seconds, ROUNDS, worker.device_name("cpu"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="run|time|render")
+    commands = parser.add_subparsers(required=True, metavar="run|render")
     runner = commands.add_parser("run", help="make what is missing")
     runner.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
     runner.add_argument("--datasets", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
@@ -180,10 +190,6 @@ def main() -> int:
     runner.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     runner.add_argument("--dry-run", action="store_true", help="only say what is missing and the estimate")
     runner.set_defaults(command=run)
-    timer = commands.add_parser("time", help="CPU seconds of an epoch, all that are timed taking turns")
-    timer.add_argument("--rounds", type=int, default=5, help="epochs of each, after one to warm up")
-    timer.add_argument("--threads", type=int, default=1)
-    timer.set_defaults(command=take_time)
     renderer = commands.add_parser("render", help="tables and plots from the rows that are there")
     renderer.add_argument("--check", action="store_true", help="only say whether page and README are what they give")
     renderer.set_defaults(command=lambda args: __import__("render").render(args.check))

@@ -342,8 +342,10 @@ def timed_table(rows: results.Rows, curves: dict, seconds: dict) -> str:
     table = markdown([f"{TIMED_DATASET}, {TIMED_MODEL.upper()}", *head], lines)
     what = " and ".join(f"{100 * goal:.2f} % is that of {label}" for label, goal in wanted.items())
     machines = sorted({row["device"] for row in seconds.values()})
-    turns = "CPU s are the median number of epochs, times the seconds of one: of training alone, where all took turns "
-    turns += f"on an {' and '.join(machines)} (`python benchmarks/accuracy time`). In brackets the epochs, by seed."
+    turns = (
+        "CPU s are the median number of epochs, times the seconds of one: of training alone, all taking turns on an "
+    )
+    turns += f"{' and '.join(machines)}, with an allocator that keeps its memory. In brackets the epochs, by seed."
     return f"Validation accuracy: {what}, times {TIMED_SHARE}. {turns}\n\n{table}"
 
 
