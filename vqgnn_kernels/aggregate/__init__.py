@@ -116,7 +116,11 @@ def _backward(ctx, grad_out):
     grad_x = _aggregate(grad_out, *matrix, *no_table, *forward)
     zeros = basis.new_zeros(grad_out.shape[0], basis.shape[1])
     coordinates = _aggregate(zeros, *matrix, *table, *(None,) * 4, *no_table, *nothing)
-    return grad_x + (coordinates @ basis.T).to(grad_x.dtype), *(None,) * 19
+    if grad_x.dtype == basis.dtype:
+        grad_x.addmm_(coordinates, basis.T)
+    else:
+        grad_x.add_((coordinates @ basis.T).to(grad_x.dtype))
+    return grad_x, *(None,) * 19
 
 
 _aggregate = register(
