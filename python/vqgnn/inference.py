@@ -46,7 +46,7 @@ def layerwise(
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
-        batch_size: nodes at a time, default 32,768, with method "vq" a tenth of the nodes at most: a batch's own rows
+        batch_size: nodes at a time, default 16,384, with method "vq" a tenth of the nodes at most: a batch's own rows
             are exact. All of them at once where the model's own code takes statistics
             over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the whole graph's.
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
