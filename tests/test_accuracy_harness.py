@@ -101,6 +101,15 @@ def test_our_rows(harness, method, monkeypatch):
     assert len(results.read_curves()[run.config, 0]) == len(curve), "of a repeated run the last course counts"
 
 
+def test_a_checkpoint_that_cannot_be_gone_on_with(harness):
+    settings, _, worker = harness
+    run = settings.Run("tiny", "gcn", "vq", 0, 0.01, (("hidden", 8),))
+    folder = worker.RUNS / f"{run.name}-{run.config}"
+    worker.RunFolder.create(folder, worker.config_of(run, threads=1)).checkpoint_path.write_bytes(b"another version's")
+    row, curve = worker.execute(run)
+    assert len(curve) == run.options["epochs"] and row["device"].endswith("threads")
+
+
 def test_rows_of_a_gpu(harness, monkeypatch):
     """Their accuracy counts; their memory and their course are not those of a CPU."""
     settings, results, worker = harness

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import shutil
 import statistics
 import sys
 import warnings
@@ -17,7 +18,7 @@ from settings import BATCHES, Run
 from tqdm import tqdm, trange
 
 from vqgnn import datasets
-from vqgnn.config import Config
+from vqgnn.config import Config, InputError
 from vqgnn.doctor import cpu_name
 from vqgnn.files import atomic_write
 from vqgnn.runs import Run as RunFolder
@@ -123,7 +124,11 @@ def _train(run: Run, config: Config, dataset: datasets.Dataset) -> tuple[list[di
     if (path / "config.json").exists():
         folder = RunFolder(path)
         if folder.checkpoint_path.exists():
-            state = folder.load_checkpoint(dataset.fingerprint())
+            try:
+                state = folder.load_checkpoint(dataset.fingerprint())
+            except InputError:  # of an older version, or of other data: begun anew
+                shutil.rmtree(path)
+                folder = None
     trainer = Trainer(config, dataset, fill=state is None, folder=RunFolder.state_folder(path))
     if state is not None:
         trainer.load_state_dict(state, folder)
