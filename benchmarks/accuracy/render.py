@@ -298,13 +298,14 @@ class Reached(NamedTuple):
 
 def reached(label: str, goal: float, curves: dict) -> Reached | None:
     """None where there is no course of the run."""
-    courses = [curves[run.config, run.seed] for run in timed_seeds(label) if (run.config, run.seed) in curves]
-    found = [next((p["epoch"] for p in course if p["val"] >= goal), math.inf) for course in courses]
+    found = [next((p["epoch"] for p in c if p["val"] >= goal), math.inf) for c in of_seeds(label, curves)]
     return Reached(found) if found else None
 
 
-def timed_seeds(label: str) -> list[Run]:
-    return [timed(label, seed) for seed in range(TIMED[label].seeds)]
+def of_seeds(label: str, found: dict) -> list:
+    """What is there of a timed run's seeds, of rows or courses."""
+    runs = (timed(label, seed) for seed in range(TIMED[label].seeds))
+    return [found[run.config, run.seed] for run in runs if (run.config, run.seed) in found]
 
 
 def epoch_of(label: str, seconds: dict) -> float | None:
@@ -317,7 +318,7 @@ def goals(rows: results.Rows) -> dict[str, float]:
     """Validation accuracy to be reached, by the run of full batch whose share it is: of the mean of its seeds."""
     found = {}
     for label in TIMED_GOALS:
-        values = [float(rows[r.config, r.seed]["val"]) for r in timed_seeds(label) if (r.config, r.seed) in rows]
+        values = [float(row["val"]) for row in of_seeds(label, rows)]
         if values:
             found[label] = TIMED_SHARE * statistics.mean(values)
     return found
@@ -327,14 +328,14 @@ def timed_table(rows: results.Rows, curves: dict, seconds: dict) -> str:
     wanted, lines = goals(rows), []
     for label in TIMED:
         found = [reached(label, goal, curves) for goal in wanted.values()]
-        of_seeds = [rows[run.config, run.seed] for run in timed_seeds(label) if (run.config, run.seed) in rows]
-        if None in found or not of_seeds:
+        runs = of_seeds(label, rows)
+        if None in found or not runs:
             continue
         epoch = epoch_of(label, seconds)
-        best = (f"{100 * statistics.mean(float(row[split]) for row in of_seeds):.2f}" for split in ("val", "test"))
+        best = (f"{100 * statistics.mean(float(row[split]) for row in runs):.2f}" for split in ("val", "test"))
         times = (at.text(epoch) for at in found)
         every = timed(label).options["eval_every"]
-        lines.append([label, *times, "-" if epoch is None else f"{epoch:.2f}", str(every), *best, str(len(of_seeds))])
+        lines.append([label, *times, "-" if epoch is None else f"{epoch:.2f}", str(every), *best, str(len(runs))])
     head = [f"CPU s (epochs) to {100 * goal:.2f}" for goal in wanted.values()]
     if not lines:
         return "Not run yet."

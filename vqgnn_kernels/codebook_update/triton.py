@@ -46,6 +46,14 @@ def codebook_rows_kernel(
     tl.store(p_squares + block * width + columns, tl.sum(b_off * b_off, 0), mask=m_column)
 
 
+@triton.jit
+def some_blocks(first, b, blocks, width, columns, ROWS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Of BLOCK_B blocks from `first` on: their numbers of rows, where their moments lie, which of these exist."""
+    block = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+    count = tl.minimum(b - block * ROWS, ROWS).to(tl.float32)[:, None]
+    return count, block[:, None] * width + columns[None, :], (block < blocks)[:, None] & (columns < width)[None, :]
+
+
 @triton.jit(do_not_specialize=["b", "blocks"])
 def codebook_moments_kernel(
     p_means,
@@ -61,21 +69,14 @@ def codebook_moments_kernel(
 ):
     """Moments of all rows from those of blocks of ROWS of them."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_column = (columns < width)[None, :]
     b_sum = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for first in range(0, blocks, BLOCK_B):
-        block = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
-        count = tl.minimum(b - block * ROWS, ROWS).to(tl.float32)[:, None]
-        m_block = (block < blocks)[:, None] & m_column
-        place = block[:, None] * width + columns[None, :]
+        count, place, m_block = some_blocks(first, b, blocks, width, columns, ROWS, BLOCK_B)
         b_sum += count * tl.load(p_means + place, mask=m_block, other=0.0)
     mean = tl.sum(b_sum, 0) / b
     b_square = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for first in range(0, blocks, BLOCK_B):
-        block = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
-        count = tl.minimum(b - block * ROWS, ROWS).to(tl.float32)[:, None]
-        m_block = (block < blocks)[:, None] & m_column
-        place = block[:, None] * width + columns[None, :]
+        count, place, m_block = some_blocks(first, b, blocks, width, columns, ROWS, BLOCK_B)
         off = tl.load(p_means + place, mask=m_block, other=0.0) - mean[None, :]
         square = tl.load(p_squares + place, mask=m_block, other=0.0)
         b_square += tl.where(m_block, square + count * off * off, 0.0)
