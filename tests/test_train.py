@@ -1,6 +1,7 @@
 import gc
 import json
 import mmap
+import platform
 
 import pytest
 import torch
@@ -441,3 +442,16 @@ def test_memory_counters():
         block.write(bytes(size))
         assert memory.peak() - before > 0.8 * size
     assert memory.resident() <= memory.peak()
+
+
+def test_freed_memory_is_given_back():
+    if platform.libc_ver()[0] != "glibc" or memory.resident() is None:
+        pytest.skip("no glibc, or no /proc")
+    memory.give_back()
+    before, size = memory.resident(), 60_000  # below what malloc takes from the system by itself
+    blocks = [torch.zeros(size, dtype=torch.uint8) for _ in range(2000)]
+    blocks = blocks[::50] + blocks[-1:]  # between these, so that free alone gives nothing back
+    kept = memory.resident() - before
+    memory.give_back()
+    given = kept - (memory.resident() - before)
+    assert kept > 100_000_000 and given > 0.9 * kept

@@ -463,7 +463,11 @@ class Trainer:
         return {**scores, "eval_seconds": seconds, "memory_evaluation": self._peak_since_last()}
 
     def _release(self) -> None:
-        """Between phases, give back the RAM of the graph's pages: a pass over all nodes meets each of them."""
+        """Give back RAM between training and evaluation, which keep tensors of other sizes.
+
+        Of a graph on disk its pages, too: a pass over all nodes meets each of them.
+        """
+        memory.give_back()
         if isinstance(self.data, MappedData):
             self.data.folder.release()
 
