@@ -85,7 +85,10 @@ class Peer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return self.task.scores(None, self.logits(self.averaged.module), self.data)
+        memory.give_back()  # before and after, as the trainer does
+        scores = self.task.scores(None, self.logits(self.averaged.module), self.data)
+        memory.give_back()
+        return scores
 
     def train_epoch(self) -> dict:
         """One pass over all batches; its seconds."""
