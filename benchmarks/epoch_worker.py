@@ -7,7 +7,6 @@ script once a method for the memory, so that no method inherits another one's al
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.util
 import json
@@ -24,6 +23,7 @@ from torch_geometric.nn.models import GCN
 from torch_geometric.utils import coalesce, is_undirected, remove_self_loops
 
 import vqgnn
+from vqgnn import memory
 
 try:
     import torch_sparse  # here, so that importing it counts as nobody's memory
@@ -173,7 +173,7 @@ def status_mb(key: str) -> float:
 def settle() -> None:
     """Give freed memory back and restart VmHWM, so that reading the file counts neither for nor against a method."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    memory.give_back()
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -353,24 +353,18 @@ def test_stores_on_disk(tmp_path):
 def test_vq_trains(name):
     model, data = build(name)
     vqgnn.convert(model.train(), data, method="vq", codec="pq:d=4,k=8")
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)  # 0.02 overfits: full batch's exact loss then rises, too
 
-    def exact():
-        return loss_of(layerwise(model, data), data.y_dict)
+    def loss():
+        return loss_of(layerwise(model, data), data.y_dict) / data.num_nodes
 
-    before, loader, losses = exact(), batches(data, 40), []
+    before, loader = loss(), batches(data, 40)
     for _ in range(12):
-        losses.append(0.0)
         for batch in loader:
             optimizer.zero_grad()
-            loss = loss_of(model(batch.x_dict, batch.graph_dict), batch.y_dict)
-            loss.backward()
+            loss_of(model(batch.x_dict, batch.graph_dict), batch.y_dict).backward()
             optimizer.step()
-            losses[-1] += loss.item()
-    assert losses[-1] < 0.7 * losses[0]
-    # "layers" has types of a few nodes, and running statistics of them: full batch's exact loss rises, too
-    if name == "SAGEConv":
-        assert exact() < 0.5 * before
+    assert loss() < 0.85 * before
 
 
 class RGCN(nn.Module):

@@ -167,10 +167,9 @@ def test_rows_that_are_no_numbers_are_kept_as_0(codec):
         store.push(n_id, bad_x, bad_g)
     assert all(table.isfinite().all() for table in store.buffers())
     assert not store.pull()[3:5].any() or codec.startswith("pq")
-    for _ in range(3):
+    for _ in range(80):  # codebooks are moving averages
         store.push(n_id, x, g)
-    error = (store.pull() - x).norm() / x.norm()
-    assert error < (0.25 if codec.startswith("pq") else 0.1)  # by moving averages: 0.17 at most of 20 seeds
+    assert (store.pull() - x).norm() < 0.1 * x.norm()
 
 
 def test_what_is_loaded_stays():

@@ -224,14 +224,14 @@ def against_peers(table: Table) -> str:
 
 
 def edges_table(table: Table) -> str:
-    """A line wherever ours was run with edges dropped too."""
+    """A line wherever ours was run with edges dropped too; "" where it was not."""
     rows = [
         [f"{dataset}, {model.upper()}", *texts_and_seeds(table, dataset, model, EDGES)]
         for model in MODELS
         for dataset in SETTINGS
         if table.values((dataset, model, "vq-edges"))
     ]
-    return markdown(["test, %", *(METHODS[m].label for m in EDGES), "seeds"], rows)
+    return markdown(["test, %", *(METHODS[m].label for m in EDGES), "seeds"], rows) if rows else ""
 
 
 def state_table(table: Table) -> str:
@@ -669,8 +669,8 @@ def page(table: Table, rows: results.Rows, curves: dict, seconds: dict) -> str:
             parts += [f"### {model.upper()}", main_table(table, model)]
     parts += ["### Reference points", cheap_table(table)]
     parts += ["## Ours against full batch", against_full(table), "## Ours against its peers", against_peers(table)]
-    if any(table.values((d, m, "vq-edges")) for d in SETTINGS for m in MODELS):
-        parts += ["## Edges dropped", edges_table(table), EDGES_DROPPED]
+    if edges := edges_table(table):
+        parts += ["## Edges dropped", edges, EDGES_DROPPED]
     parts += ["## Memory", state_table(table), CPU_MEMORY, f"![accuracy against memory]({image}/accuracy-memory.png)"]
     parts += [gpu_memory_table(table), GPU_MEMORY]
     parts += ["## Time to accuracy", timed_table(rows, curves, seconds)]
