@@ -306,6 +306,81 @@ def test_a_chain_keeps_no_output(between, data):
     assert sweep.chain and not any(output is not None for output in sweep.outputs)
 
 
+def _before(conv, skip, x, graph):
+    skipped = skip(x)
+    return conv(x, graph) + skipped
+
+
+def _part(conv, skip, x, graph):
+    wide = torch.cat([x, 2 * x], 1)
+    return conv(wide[:, :8], graph) + skip(wide[:, 8:])
+
+
+# a layer of conv(x) and what skips it, and whether the conv's input and output are all that is used of it
+RESIDUALS = {
+    "map": (lambda conv, skip, x, graph: conv(x, graph) + skip(x), True),
+    "identity": (lambda conv, skip, x, graph: conv(x, graph) + x, True),
+    "in place": (lambda conv, skip, x, graph: conv(x.relu_(), graph).add_(x), True),
+    "view": (lambda conv, skip, x, graph: conv(x.view(-1, 8), graph) + x.t().t(), True),
+    "twice": (lambda conv, skip, x, graph: conv(x, graph) * x.sigmoid() + skip(x), True),
+    "before": (_before, False),
+    "copy": (lambda conv, skip, x, graph: (lambda copy: conv(x, graph) + copy)(x.clone()), False),
+    "part": (_part, False),
+    "expanded": (lambda conv, skip, x, graph: conv(x[:, :1].expand(-1, 8), graph) + skip(x), False),
+    "two convs": (lambda conv, skip, x, graph: conv(x, graph) + skip(x, graph), False),
+}
+
+
+class Residuals(nn.Module):
+    """The first layer's input is a parameter's product, or the features themselves: nobody may write there."""
+
+    def __init__(self, layer: str, encode: bool):
+        super().__init__()
+        self.layer, self.encoder = RESIDUALS[layer][0], nn.Linear(6, 8) if encode else nn.ZeroPad1d((0, 2))
+        self.convs = nn.ModuleList(pyg.GCNConv(8, 8) for _ in range(3))
+        skip = pyg.GCNConv if layer == "two convs" else nn.Linear
+        self.skips = nn.ModuleList(skip(8, 8) for _ in range(3))
+
+    def forward(self, x, graph):
+        x = self.encoder(x)
+        for conv, skip in zip(self.convs, self.skips, strict=True):
+            x = self.layer(conv, skip, x, graph).tanh()
+        return x
+
+
+@pytest.mark.parametrize("encode", [True, False], ids=["encoded", "features"])
+@pytest.mark.parametrize("layer", RESIDUALS)
+def test_residuals_need_no_convs_output(layer, encode, data):
+    model, chain, given = Residuals(layer, encode), RESIDUALS[layer][1], data.x.clone()
+    expected = exact(model, data)
+    vqgnn.convert(model, data, method="full")
+    weights = copy.deepcopy(model.state_dict())
+    for size, dtype in ((7, torch.float32), (None, torch.float32), (7, torch.float16)):
+        sweep = inference._Sweep(data, size, dtype, None, inference.call_model, False)
+        with inference.evaluating(model), torch.no_grad():
+            out = sweep.run(model)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+        assert sweep.chain is chain
+        assert all(output is None for output in sweep.outputs) is chain
+    assert torch.equal(data.x, given)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", RESIDUALS)
+def test_stores_of_residual_models_are_filled_with_exact_rows(layer, data):
+    model, given = Residuals(layer, True), []
+    for conv in model.convs:
+        conv.register_forward_pre_hook(lambda conv, args: given.append(args[0].detach().clone()))
+    exact(model, data)
+    for conv in model.convs:
+        conv._forward_pre_hooks.clear()
+    vqgnn.convert(model, data, method="gas")
+    for i in (1, 2):
+        rows = vqgnn.stores(model)[f"convs.{i}"].pull()
+        torch.testing.assert_close(rows, given[i], atol=1e-5, rtol=1e-5)
+
+
 class Encodings(nn.Module):
     """A model with more inputs: a positional encoding, and a scale a node."""
 

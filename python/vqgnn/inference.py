@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,10 @@ def layerwise(
 ) -> Tensor | dict[str, Tensor]:
     """The converted model's output for every node of `data`, [n, out_channels]; a dict by type where it returns one.
 
-    One pass over the nodes a conv: pass l computes conv l for every node from exact inputs of every neighbour, keeps
-    its output, and records what the next conv is given. The result is the whole graph's, for any model; memory is
-    O(n f) for the kept rows and O(batch_size f) for the rest.
+    One pass over the nodes a conv: pass l computes conv l for every node from exact inputs of every neighbour, and
+    records what the next conv is given. Its output is kept, too, where more than the next conv depends on it, as with
+    jumping knowledge; a residual, conv(x) + skip(x), needs no more than the recorded x. The result is the whole
+    graph's, for any model; memory is O(n f) for the kept rows and O(batch_size f) for the rest.
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
@@ -92,7 +94,7 @@ def can_split(model: nn.Module, data: Data, forward: Callable[[nn.Module, Batch]
     with evaluating(model):
         sweep = _Sweep(data, None, torch.float32, None, forward, False, quantise=False)
         sweep.device = device_of(model, data)
-        return sweep._structure(model)[2]
+        return sweep._structure(model).splits
 
 
 @torch.no_grad()
@@ -192,6 +194,20 @@ def _node_rows(out: object, batch: Batch) -> Tensor:
     )
 
 
+class _Structure(NamedTuple):
+    """What a model does between its convs.
+
+    chain: what follows a conv depends on that conv's input and output alone, of all that convs are given and return;
+    and each conv tells neighbours its own x. splits: but for messages, the model computes the same for some nodes with
+    and without the others. refilled: the convs whose input, if it is written anew, is so for all that follows.
+    """
+
+    num_convs: int
+    chain: bool
+    splits: bool
+    refilled: frozenset[int]
+
+
 class _Sweep:
     """The passes of layer-wise inference. Set as a batch's `run`, it answers for every conv (see BatchGraph)."""
 
@@ -201,7 +217,7 @@ class _Sweep:
         self.dtype, self.folder, self.forward, self.progress = dtype, folder, forward, progress
         self.quantise, self.on_inputs = quantise, on_inputs
         self.of_states = quantise or on_inputs is not None  # what stores keep is recorded, not what neighbours are told
-        self.chain = False  # whether each conv's output is used by the next conv alone: it need not be kept then
+        self.chain = False  # whether a conv's input and output are all that is used of it: it need not be kept then
         self.outputs: list[Tensor | None] = []  # of the convs that are done, in the order of their calls
         self.widths: list[int] = []  # their channels
         self.inputs: Rows | None = None  # what the conv of this pass is given, for every node
@@ -214,8 +230,8 @@ class _Sweep:
         n = graph.num_nodes
         # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
         batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
-        num_convs, self.chain, splits = self._structure(model)
-        self.chain &= not self.quantise
+        num_convs, chain, splits, self.refilled = self._structure(model)
+        self.chain = chain and not self.quantise
         if batch_size < n and not splits:
             if self.batch_size is not None:
                 raise ValueError(
@@ -262,11 +278,12 @@ class _Sweep:
         start, stop = self.range
         index, self.call = self.call, self.call + 1
         if index < len(self.outputs) - 1:
-            if self.chain:  # nobody will look: the conv of this pass takes its x from the recorded inputs
+            if self.chain:  # nobody will look: the conv of this pass has its x from the recorded inputs
                 return x.new_zeros(stop - start, self.widths[index])
             return self.outputs[index][start:stop].to(x)
         if self.chain and self.inputs is not None and index == len(self.outputs) - 1:
-            x = self.inputs.data[start:stop].to(x)
+            known = self.inputs.data[start:stop]
+            x = x.copy_(known) if index in self.refilled else known.to(x)  # refilled: a residual takes x, too
         source = conv.state(x) if self.of_states else conv.message_input(x)
         if index >= len(self.outputs) or (source is not batch.x and self.inputs is None):
             return self._record(conv, source)
@@ -282,15 +299,10 @@ class _Sweep:
             self.outputs[index][start:stop] = out
         return out
 
-    def _structure(self, model: nn.Module) -> tuple[int, bool, bool]:
-        """Number of convs, whether they form a chain, and whether nodes may be split into batches; from a few nodes.
-
-        A chain has no skip connection and each conv tells neighbours its own x: nothing after a conv depends on the
-        output of an earlier one. Nodes may be split where, but for messages, the model computes the same for some of
-        them with and without the others.
-        """
+    def _structure(self, model: nn.Module) -> _Structure:
+        """From a few nodes."""
         rows: list[Tensor] = []  # what the model computes between messages
-        num_convs, chain = 0, True
+        num_convs, chain, refilled = 0, True, set()
         generator = nodes = None
         count = min(_PROBE_NODES, self.graph.num_nodes)
 
@@ -298,17 +310,21 @@ class _Sweep:
             nonlocal num_convs, chain
             source = conv.message_input(x)
             chain = chain and conv.chains and source is x and not skips(x)
-            x = dependence.cut(x)
-            out = conv.combine(x, torch.zeros_like(source)) if output is None else output(None, x)
-            rows.extend([x, out])
+            given = dependence.cut(x)
+            out = conv.combine(given, torch.zeros_like(source)) if output is None else output(None, given)
+            rows.extend([given, out])
             # random, as without messages all nodes may be alike, and statistics over them would not show
             out = noise(out)
             dependence.mark(out, num_convs)
+            whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes  # no part of something else
+            if whole and dependence.of(x):  # not what is given to the model
+                dependence.mark(x, num_convs)
+                refilled.add(num_convs)
             num_convs += 1
             return out
 
         def skips(value: Tensor) -> bool:
-            """Whether it depends on a conv before the last one."""
+            """Whether it depends on what a conv before the last one was given or has returned."""
             return not dependence.of(value) <= {num_convs - 1}
 
         def noise(like: Tensor) -> Tensor:
@@ -341,7 +357,7 @@ class _Sweep:
             splits &= all(alike(a[part], b) for a, b in zip(together, rows, strict=True))
             rows.clear()
         splits &= all(conv.survey.splits for conv in model.modules() if isinstance(conv, GenericConv))
-        return num_convs, is_chain, splits
+        return _Structure(num_convs, is_chain, splits, frozenset(refilled))
 
     def _messages(self, conv: StoreConv, x: Tensor, source: Tensor, batch: BatchGraph) -> Tensor:
         use, dim = conv.store_use, source.size(1)
