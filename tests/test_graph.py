@@ -2,11 +2,12 @@ import pytest
 import torch
 from graphs import awkward_graph, dense_convolution, dense_rows
 from torch_geometric.data import Data
-from torch_geometric.nn.models import GAT, GCN
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE
 
 import vqgnn
 from vqgnn import BatchGraph, Convolution, Graph
 from vqgnn import graph as graph_module
+from vqgnn.sparse_rows import SparseRows
 
 CONVOLUTIONS = [
     Convolution("gcn"),
@@ -73,6 +74,73 @@ def test_product_is_c_x(convolution, monkeypatch):
     torch.testing.assert_close(batch.input_messages(convolution), expected[n_id], atol=1e-5, rtol=1e-5)
 
 
+def bags_of_words(filled=(1, 2), words=200):
+    """The first 20 nodes have filled[0] words each, the others filled[1]."""
+    data = awkward_graph(weighted=True)
+    data.x = torch.zeros(40, words)
+    for node in range(40):
+        data.x[node, torch.randperm(words)[: filled[node // 20]]] = torch.rand(filled[node // 20]) + 0.5
+    return data
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_product_of_bags_of_words_is_kept_without_zeros(convolution, monkeypatch):
+    monkeypatch.setattr(graph_module, "_CHUNK", 7)
+    data = bags_of_words()
+    expected = (truth(data, convolution) @ data.x.double()).float()
+    graph = Graph(data)
+    product = graph.product(convolution)
+    assert product.value.numel() == expected.count_nonzero() < expected.numel() / 8
+    for rows in (
+        slice(None),
+        slice(3, 11),
+        slice(40, 40),
+        torch.tensor([39, 3, 3, 0]),
+        torch.empty(0, dtype=torch.int64),
+    ):
+        torch.testing.assert_close(product[rows], expected[rows], atol=1e-5, rtol=1e-5)
+    n_id = torch.tensor([39, 3, 0])
+    messages = BatchGraph(graph, n_id, data.x[n_id]).input_messages(convolution)
+    torch.testing.assert_close(messages, expected[n_id], atol=1e-5, rtol=1e-5)
+    assert graph.product(convolution) is product
+    whole = BatchGraph(graph, torch.arange(40), data.x).input_messages(convolution)
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    assert BatchGraph(graph, torch.arange(40), data.x).input_messages(convolution) is whole
+
+
+def test_zeros_are_kept_where_they_are_few():
+    """Whatever the order of the nodes: here the first half has one word, the others a fifth of all."""
+    assert isinstance(Graph(bags_of_words((1, 40))).product(Convolution("gcn")), torch.Tensor)
+
+
+@pytest.mark.parametrize("model", [GCN, GraphSAGE, GIN])
+def test_training_on_bags_of_words(model, monkeypatch):
+    """Losses, weights and inference are those of the same features with their zeros kept."""
+
+    def train():
+        torch.manual_seed(0)
+        data, net = bags_of_words(), model(200, 8, 3, 3)
+        vqgnn.convert(net, data, codec="pq:d=4,k=16")
+        optimizer, losses = torch.optim.Adam(net.parameters(), 0.01), []
+        for epoch in range(2):
+            for batch in vqgnn.BatchLoader(data, 10, seed=epoch):
+                optimizer.zero_grad()
+                loss = net(batch.x, batch.graph).square().mean()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss))
+        return Graph.of(data).product, losses, vqgnn.inference.layerwise(net, data, 7)
+
+    product, losses, out = train()
+    kind = {GCN: "gcn", GraphSAGE: "mean", GIN: "sum"}[model]
+    assert isinstance(product(Convolution(kind)), SparseRows)
+    monkeypatch.setattr(graph_module, "_FILLED", 0)
+    product, losses_dense, out_dense = train()
+    assert isinstance(product(Convolution(kind)), torch.Tensor)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(losses_dense), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, out_dense, atol=1e-5, rtol=1e-5)
+
+
 def test_graph_is_built_once_and_again_when_a_tensor_is_replaced():
     data = awkward_graph(weighted=True)
     graph = Graph.of(data)
@@ -96,8 +164,8 @@ def test_double_weights_are_cast():
 def test_a_graph_without_edges():
     data = Data(x=torch.randn(3, 2), edge_index=torch.empty(2, 0, dtype=torch.int64))
     torch.testing.assert_close(Graph(data).product(Convolution("gcn")), data.x)
-    assert not Graph(data).product(Convolution("mean")).any()
-    assert not Graph(data).product(Convolution("sum")).any()
+    assert not Graph(data).product(Convolution("mean"))[:].any()
+    assert not Graph(data).product(Convolution("sum"))[:].any()
 
 
 X, EDGES = torch.randn(3, 2), torch.tensor([[0, 1], [1, 2]])

@@ -21,10 +21,13 @@ from vqgnn_kernels import CSR, Rows
 
 from .disk_graph import MappedData
 from .edge_dropout import EdgeDropout
+from .sparse_rows import SparseRows
 from .store import Neighbours, NodeStore
 from .transfer import Ticket
 
-_CHUNK = 65_536  # rows of C X computed at a time, so that nothing but the result is ever as tall as the graph
+# rows, and numbers, of C X computed at a time, so that nothing but the result is ever as tall as the graph
+_CHUNK, _CHUNK_NUMBERS = 65_536, 2**23
+_FILLED = 1 / 8  # of C X at most, where its zeros are left out: an entry is 8 bytes then, and rows take no longer
 
 
 def version(x: Tensor | None) -> int | None:
@@ -300,7 +303,7 @@ class Graph:
         self.made = Made(_tensors(data))
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
-        self._products: dict[Convolution, Tensor] = {}
+        self._products: dict[Convolution, Tensor | SparseRows] = {}
         self._terms: dict[Convolution, list[Tensor]] = {}
         self._edge_features: dict[Convolution, Tensor] = {}
         self.wanted = Wanted()
@@ -381,37 +384,60 @@ class Graph:
         return kernels.aggregate(empty, self.rows_of(convolution, start, stop), rows)
 
     @lasting
-    def product(self, convolution: Convolution) -> Tensor:
-        """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store."""
+    def product(self, convolution: Convolution) -> Tensor | SparseRows:
+        """C X [n, f] of the input features, computed once (SGC's insight): the input layer needs no store.
+
+        To be indexed for rows: of bags of words, it is kept without its zeros.
+        """
         if convolution not in self._products:
             if self.folder is not None:
                 self.matrix(convolution)  # before, so that its time is not C X's
                 out = self.folder.product(convolution, self.x.shape, lambda: self._product_chunks(convolution))
+            elif self._entries_at_most(convolution) < _FILLED * self.num_nodes * self.x.size(1):
+                out = SparseRows.of(self._product_chunks(convolution))
             else:
-                out = self.x.new_empty(self.num_nodes, self.x.size(1))
-                for i, chunk in enumerate(self._product_chunks(convolution)):
-                    out[i * _CHUNK : i * _CHUNK + len(chunk)] = chunk
+                out, start = self.x.new_empty(self.num_nodes, self.x.size(1)), 0
+                for chunk in self._product_chunks(convolution):
+                    out[start : start + len(chunk)] = chunk
+                    start += len(chunk)
             self._products[convolution] = out
         return self._products[convolution]
+
+    @lasting
+    def whole_product(self, convolution: Convolution) -> Tensor:
+        """C X [n, f], kept with its zeros from now on."""
+        product = self.product(convolution)
+        if isinstance(product, SparseRows):
+            product = self._products[convolution] = product[:]
+        return product
+
+    def _entries_at_most(self, convolution: Convolution) -> int:
+        """Numbers in C X that are not 0: at most as many as in the rows of X that all its rows are sums of."""
+        filled = torch.cat([(x != 0).sum(1) for x in self.x.split(self._chunk_rows)])
+        return int(filled[self.matrix(convolution).col].sum())
+
+    @property
+    def _chunk_rows(self) -> int:
+        return min(_CHUNK, max(1, _CHUNK_NUMBERS // max(1, self.x.size(1))))
 
     @lasting
     def terms(self, convolution: Convolution) -> list[Tensor]:
         """Chebyshev polynomials T_1, T_2, ... [n, f] of C, of the input features; computed once."""
         if convolution not in self._terms:
-            terms = [self.x, self.product(convolution)]
+            terms = [self.x, self.whole_product(convolution)]
             while len(terms) < convolution.order:
                 rows = Rows("fp32", terms[-1], None, None)
                 after = torch.empty_like(self.x)
-                for start in range(0, self.num_nodes, _CHUNK):
-                    stop = min(start + _CHUNK, self.num_nodes)
+                for start in range(0, self.num_nodes, self._chunk_rows):
+                    stop = min(start + self._chunk_rows, self.num_nodes)
                     after[start:stop] = self.propagate(convolution, rows, start, stop, self.x.size(1))
                 terms.append(after.mul_(2).sub_(terms[-2]))
             self._terms[convolution] = terms[1:]
         return self._terms[convolution]
 
     def _product_chunks(self, convolution: Convolution) -> Iterator[Tensor]:
-        for start in range(0, self.num_nodes, _CHUNK):
-            stop = min(start + _CHUNK, self.num_nodes)
+        for start in range(0, self.num_nodes, self._chunk_rows):
+            stop = min(start + self._chunk_rows, self.num_nodes)
             yield self.propagate(convolution, self.features, start, stop, self.x.size(1))
 
     @property
@@ -619,8 +645,7 @@ class BatchGraph:
     @kept
     def input_messages(self, convolution: Convolution) -> Tensor:
         """The batch's rows of C X [b, f]."""
-        product = self.graph.product(convolution)
-        return product if self.whole else product[self.n_id]
+        return self.graph.whole_product(convolution) if self.whole else self.graph.product(convolution)[self.n_id]
 
     @kept
     def input_terms(self, convolution: Convolution) -> tuple[Tensor, ...]:

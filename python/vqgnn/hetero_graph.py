@@ -28,6 +28,7 @@ from .graph import (
     lasting,
     node_tensors,
 )
+from .sparse_rows import SparseRows
 
 EdgeType = tuple[str, str, str]
 
@@ -52,7 +53,7 @@ class Relation(Graph):
         self.edge_index, self.edge_weight, self.edge_tensors = store.edge_index, edge_weight(store), edge_tensors(store)
         self._matrices: dict[Convolution, Matrix] = {}
         self._orders: dict[tuple[Convolution, bool], Tensor] = {}
-        self._products: dict[Convolution, Tensor] = {}
+        self._products: dict[Convolution, Tensor | SparseRows] = {}
         self._receivers: dict[Convolution, Tensor] = {}
         self._padded: dict[Convolution, tuple[Tensor, Tensor]] = {}
         self.wanted = Wanted()

@@ -25,6 +25,7 @@ from .store_conv import StoreConv
 
 METHODS = ("exact", "vq", "stale")
 _BATCH = 16_384  # nodes at a time: 8 MB an activation of 128 channels, below what malloc takes from the system
+_INPUTS = 2**23  # numbers of their features at a time, or 1,024 nodes
 _PROBE_NODES = 8
 
 
@@ -48,9 +49,10 @@ def layerwise(
 
     Args:
         model: a converted model; it is put in evaluation mode for the time.
-        batch_size: nodes at a time, default 16,384, with method "vq" a tenth of the nodes at most: a batch's own rows
-            are exact. All of them at once where the model's own code takes statistics
-            over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the whole graph's.
+        batch_size: nodes at a time, default 16,384, fewer where they have more than 512 features; with method "vq" a
+            tenth of the nodes at most: a batch's own rows are exact. All of them at once where the model's own code
+            takes statistics over nodes, as GraphNorm, PairNorm or x.mean(0) do: in batches its result would not be the
+            whole graph's.
         method: "exact"; "vq" (neighbours by the store's codebooks, codes refreshed layer by layer); or "stale" (one
             pass over mini-batches of batch_size nodes, default a tenth, with the training store's states: the paper's).
         dtype: of the kept rows, float32 or float16 (half the memory, exact to 3 digits).
@@ -229,7 +231,8 @@ class _Sweep:
         self.device = device_of(model, graph)
         n = graph.num_nodes
         # Codes are what a batch reads of the nodes outside it: of one batch that is the graph, none would be read.
-        batch_size = self.batch_size or (min(_BATCH, math.ceil(n / 10)) if self.quantise else _BATCH)
+        few = math.ceil(n / 10) if self.quantise else max(1024, _INPUTS // max(1, graph.x.size(1)))
+        batch_size = self.batch_size or min(_BATCH, few)
         num_convs, chain, splits, self.refilled = self._structure(model)
         self.chain = chain and not self.quantise
         if batch_size < n and not splits:
