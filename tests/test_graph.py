@@ -128,7 +128,7 @@ def test_training_on_bags_of_words(model, monkeypatch):
                 loss = net(batch.x, batch.graph).square().mean()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(loss.item())
         return Graph.of(data).product, losses, vqgnn.inference.layerwise(net, data, 7)
 
     product, losses, out = train()

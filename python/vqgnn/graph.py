@@ -27,7 +27,7 @@ from .transfer import Ticket
 
 # rows, and numbers, of C X computed at a time, so that nothing but the result is ever as tall as the graph
 _CHUNK, _CHUNK_NUMBERS = 65_536, 2**23
-_FILLED = 1 / 8  # of C X at most, where its zeros are left out: an entry is 8 bytes then, and rows take no longer
+_FILLED = 1 / 8  # of C X at most, where its zeros are left out: an entry is 8 bytes then
 
 
 def version(x: Tensor | None) -> int | None:

@@ -40,8 +40,9 @@ class SparseRows:
             rows = torch.arange(*rows.indices(self.rowptr.numel() - 1), device=self.rowptr.device)
         start = self.rowptr[rows]
         count = self.rowptr[rows + 1] - start
-        row = torch.arange(rows.numel(), device=rows.device).repeat_interleave(count)
-        place = torch.arange(row.numel(), device=rows.device) + (start - count.cumsum(0) + count)[row]
-        out = self.value.new_zeros(rows.numel(), self.width)
-        out.view(-1)[row * self.width + self.col[place]] = self.value[place]
-        return out
+        row = torch.repeat_interleave(count)  # of each entry
+        before = start - count.cumsum(0) + count
+        place = before.index_select(0, row).add_(torch.arange(row.numel(), device=row.device))
+        where = row.mul_(self.width).add_(self.col.index_select(0, place))
+        out = self.value.new_zeros(rows.numel() * self.width)
+        return out.scatter_(0, where, self.value.index_select(0, place)).view(rows.numel(), self.width)
