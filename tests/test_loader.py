@@ -9,6 +9,7 @@ import torch
 from graphs import awkward_graph, dense_convolution, dense_rows
 
 from vqgnn import BatchLoader, Convolution, Graph, partition
+from vqgnn import loader as loader_module
 
 SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster"])  # each node once an epoch
 ALL_SAMPLERS = pytest.mark.parametrize("sampler", ["node", "cluster", "edge", "walk"])
@@ -179,6 +180,14 @@ def test_batches_are_built_ahead_but_not_far(load):
     assert len(built) == 3
     batches.close()
     assert not loader_threads()
+
+
+@pytest.mark.parametrize("limit,ahead", [(4 * 6 * 10, 2), (4 * 6 * 10 - 1, 1)])
+def test_fewer_wide_batches_are_built_ahead(load, monkeypatch, limit, ahead):
+    """Of ten nodes with 6 features: by default, not where a number is given."""
+    monkeypatch.setattr(loader_module, "_WIDE", limit)
+    assert load(batch_size=10).prefetch == ahead
+    assert load(batch_size=10, prefetch=3).prefetch == 3
 
 
 @pytest.mark.parametrize("thread", ["none", "daemon"])

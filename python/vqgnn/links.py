@@ -38,7 +38,7 @@ class LinkLoader(BatchLoader):
         whole: bool = False,
         destinations: range | None = None,
         seed: int = 0,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         device: torch.device | str | None = None,
         edge_dropout: float = 0.0,
     ):

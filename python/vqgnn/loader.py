@@ -23,6 +23,7 @@ from .graph import BatchGraph, Graph, MovedBatch, node_tensors
 from .hetero_graph import HeteroGraph, tensors_by_type
 from .samplers import SAMPLERS
 
+_WIDE = 64e6  # bytes of a batch's features, of which two batches more would be most of what training needs
 _PARTS_A_BATCH = 8  # clusters joined into a batch when only a batch size is given
 _PASSES = itertools.count()  # of all loaders
 
@@ -114,7 +115,7 @@ class BatchLoader:
         shuffle: draw new batches every epoch; else nodes (parts) are taken in order.
         seed: with the epoch's number it decides the order.
         prefetch: batches that a background thread builds ahead, so many besides the caller's being in memory; 0 builds
-            them in the caller's thread.
+            them in the caller's thread. Default: 2, or 1 where the features of one take more than 64 MB.
         cache_dir: folder for partitions; default: the user's cache folder.
         device: where the model computes; default: the data's. Batches of data in RAM are moved to a GPU by a copy
             stream of their own, while the model computes.
@@ -134,7 +135,7 @@ class BatchLoader:
         sampler: str = "node",
         shuffle: bool = True,
         seed: int = 0,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         cache_dir: str | Path | None = None,
         device: torch.device | str | None = None,
         edge_dropout: float = 0.0,
@@ -152,9 +153,9 @@ class BatchLoader:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if parts_per_batch < 1 or (num_parts is not None and not parts_per_batch <= num_parts):
             raise ValueError(f"parts_per_batch={parts_per_batch} must be in 1..num_parts={num_parts}")
-        if prefetch < 0:
+        if prefetch is not None and prefetch < 0:
             raise ValueError(f"prefetch={prefetch} must be 0 (no background thread) or more")
-        self.data, self.sampler, self.shuffle, self.seed, self.prefetch = data, sampler, shuffle, seed, prefetch
+        self.data, self.sampler, self.shuffle, self.seed = data, sampler, shuffle, seed
         self.edge_dropout = edge_dropout
         hetero = isinstance(data, HeteroData)
         self.graph = HeteroGraph.of(data) if hetero else Graph.of(data)
@@ -176,6 +177,10 @@ class BatchLoader:
             make = samplers.make_hetero if hetero else samplers.make
             self._sampler = make(sampler, data, self._num_batches, num_parts, shuffle, cache_dir)
             self._num_batches = self._sampler.num_batches
+        if prefetch is None:
+            features = self.graph.x_dict.values() if hetero else [self.graph.x]
+            prefetch = 1 if sum(x.nbytes for x in features) > _WIDE * self._num_batches else 2
+        self.prefetch = prefetch
 
     def __len__(self) -> int:
         return self._num_batches
