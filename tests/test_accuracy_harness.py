@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def harness(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "ROWS", tmp_path / "accuracy.csv")
     monkeypatch.setattr(results, "CURVES", tmp_path / "curves.csv")
     monkeypatch.setattr(results, "SECONDS", tmp_path / "seconds.csv")
+    monkeypatch.setattr(results, "MEMORY", tmp_path / "memory.csv")
     threads = torch.get_num_threads()
     yield settings, results, worker
     torch.set_num_threads(threads)
@@ -108,6 +110,28 @@ def test_a_checkpoint_that_cannot_be_gone_on_with(harness):
     worker.RunFolder.create(folder, worker.config_of(run, threads=1)).checkpoint_path.write_bytes(b"another version's")
     row, curve = worker.execute(run)
     assert len(curve) == run.options["epochs"] and row["device"].endswith("threads")
+
+
+def test_a_run_that_is_wanted_again_is_begun_anew(harness):
+    settings, _, worker = harness
+    run = settings.Run("tiny", "gcn", "vq", 0, 0.01, (("hidden", 8),))
+    first, again = worker.execute(run), worker.execute(run)
+    assert len(first[1]) == len(again[1]) == run.options["epochs"]
+    assert first[0]["test"] == again[0]["test"]
+
+
+def test_memory_is_measured_once(harness, monkeypatch, capsys):
+    settings, results, worker = harness
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = runpy.run_path(str(FOLDER / "__main__.py"), run_name="harness")
+    monkeypatch.setitem(main["take_memory"].__globals__, "execute", lambda run, *_: worker.execute(run))
+    cells = settings.measured(["tiny"], ["gcn"], ["full", "vq", "vq-fine"])
+    assert cells == [("tiny", "gcn", "full"), ("tiny", "gcn", "vq")], "no variants"
+    assert main["take_memory"](cells, 1, True, math.inf) == 0 and not results.read_memory(), "a dry run"
+    for _ in range(2):
+        assert main["take_memory"](cells, 1, False, math.inf) == 0
+    assert capsys.readouterr().out.count(" MB") == 2
+    assert set(results.read_memory()) == set(cells) and min(results.read_memory().values()) >= 0
 
 
 def test_rows_of_a_gpu(harness, monkeypatch):

@@ -8,7 +8,8 @@ Every run has a hash of all that decides its result, and one row in results/accu
 made again, one with other settings is. Each method of a data set and model has the same tuning budget: its step sizes
 at seed 0 (cora and pubmed: at all), of which the better by validation accuracy is run for the other seeds. Runs go
 seed by seed, so that the table is complete for fewer seeds when it is stopped (Ctrl-C, --minutes). At last an epoch of
-each method that is timed to an accuracy is timed beside the others, once: results/accuracy_seconds.csv has them.
+each method that is timed to an accuracy is timed beside the others, once: results/accuracy_seconds.csv has them; and
+the memory of two epochs is measured: results/accuracy_memory.csv. Delete these for the seconds and bytes of newer code.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ from settings import (
     Cell,
     Run,
     ablation,
+    brief,
     cells,
+    measured,
     pace,
     seeds_of,
     timed,
     trials,
 )
 
-TABLES = ("main", "timed", "ablations")
+TABLES = ("main", "timed", "memory", "ablations")
 ROUNDS = 5  # epochs of each method that are timed side by side
 # The guess, times the setting's seconds.
 _SLOW = {"ns-sage": 8.0, "lmc": 1.5, "lmc-mixed": 4.0, "saint-rw": 1.5, "vq-paper": 2.0}
@@ -147,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
             failed += run_all(missing, args.jobs, args.threads, args.device, end)
     if "timed" in args.tables and time.monotonic() < end:
         take_time(args.threads, args.dry_run)
+    if "memory" in args.tables:
+        failed += take_memory(measured(args.datasets, args.models, args.methods), args.threads, args.dry_run, end)
     return 1 if failed else 0
 
 
@@ -166,6 +171,26 @@ def take_time(threads: int, dry: bool) -> None:
     for run, value in zip(runs, seconds, strict=True):
         print(f"  {run.name}: {value:.2f} CPU s an epoch")
     results.write_seconds(runs, seconds, ROUNDS, worker.device_name("cpu"))
+
+
+def take_memory(table: list[Cell], threads: int, dry: bool, end: float) -> int:
+    """Peak memory of two epochs of what is not there, one by one; returns how many failed."""
+    known, rows, failed = results.read_memory(), results.read(), 0
+    runs = [brief(cell) for cell in table if cell not in known]
+    if runs:
+        minutes = sum(estimate(run, rows) for run in runs) / 60
+        print(f"memory: {len(table) - len(runs)} are there; {len(runs)} to be measured, about {minutes:.0f} minutes")
+    for run in runs:
+        if dry or time.monotonic() > end:
+            break
+        try:
+            row, _ = execute(run, threads, "cpu")
+            results.append_memory(run, row)
+            print(f"  {run.name}: {row['peak_mb']} MB", flush=True)
+        except RuntimeError as error:
+            failed += 1
+            print(f"  {run.name}: {error}", flush=True)
+    return failed
 
 
 def main() -> int:

@@ -6,13 +6,13 @@ import csv
 import io
 from pathlib import Path
 
-from settings import SETTINGS, TIMED, Cell, Run, timed, trials
+from settings import METHODS, MODELS, SETTINGS, TIMED, Cell, Run, brief, measured, timed, trials
 
 from vqgnn.files import atomic_write
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 ROWS, CURVES = FOLDER / "accuracy.csv", FOLDER / "accuracy_curves.csv"
-SECONDS = FOLDER / "accuracy_seconds.csv"
+SECONDS, MEMORY = FOLDER / "accuracy_seconds.csv", FOLDER / "accuracy_memory.csv"
 COLUMNS = [
     *("dataset", "model", "method", "lr", "changes", "seed", "epochs", "best_epoch"),
     *("train", "val", "test", "stability", "seconds_epoch", "cpu_seconds_epoch", "cpu_seconds_best"),
@@ -20,6 +20,7 @@ COLUMNS = [
 ]
 CURVE_COLUMNS = ["config", "seed", "epoch", "cpu_seconds", "val", "test"]
 SECONDS_COLUMNS = ["method", "changes", "cpu_seconds_epoch", "rounds", "device", "config"]
+MEMORY_COLUMNS = ["dataset", "model", "method", "peak_mb", "device", "config"]
 Rows = dict[tuple[str, int], dict[str, str]]  # by (config, seed)
 
 
@@ -58,6 +59,18 @@ def write_seconds(runs: list[Run], seconds: list[float], rounds: int, device: st
     writer.writerows(rows)
     with atomic_write(SECONDS) as handle:
         handle.write(text.getvalue().encode())
+
+
+def read_memory() -> dict[Cell, float]:
+    """Most MB above the data in training and evaluation, of what `brief` makes of a cell."""
+    known = {row["config"]: float(row["peak_mb"]) for row in _read(MEMORY) if row["peak_mb"]}
+    configs = {cell: brief(cell).config for cell in measured(SETTINGS, MODELS, METHODS)}
+    return {cell: known[config] for cell, config in configs.items() if config in known}
+
+
+def append_memory(run: Run, row: dict) -> None:
+    about = {"dataset": run.dataset, "model": run.model, "method": run.method, "config": run.config}
+    _append(MEMORY, MEMORY_COLUMNS, [about | {key: row[key] for key in ("peak_mb", "device")}])
 
 
 def changes_of(run: Run) -> str:

@@ -386,6 +386,23 @@ def timed(label: str, seed: int = 0) -> Run:
     return Run(TIMED_DATASET, TIMED_MODEL, what.method, seed, what.lr, what.changes)
 
 
+# GCN of these has its memory measured on every data set.
+MEASURED = ("full", "vq", "gas", "cluster-gcn", "saint-rw")
+
+
+def measured(datasets: Iterable[str], models: Iterable[str], methods: Iterable[str]) -> list[Cell]:
+    """Of these, the cells whose memory is measured: on the data set that is timed all but variants."""
+    datasets, models, methods = set(datasets), set(models), set(methods)
+    trained = [name for name, method in METHODS.items() if not (method.variant or method.shared)]
+    wanted = [*cells(SETTINGS, ["gcn"], MEASURED), *cells([TIMED_DATASET], MODELS, trained)]
+    return [c for c in dict.fromkeys(wanted) if c[0] in datasets and c[1] in models and c[2] in methods]
+
+
+def brief(cell: Cell) -> Run:
+    """Epochs enough to know the most memory that training and evaluation take."""
+    return replace(trials(cell)[0], changes=(("epochs", 2), ("eval_every", 1)))
+
+
 def pace(run: Run) -> Run:
     """The run that stands for all whose epochs do the same work: neither their number nor the step size change it."""
     return replace(run, seed=0, lr=0.01, changes=tuple(change for change in run.changes if change[0] != "epochs"))

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -124,11 +125,11 @@ def _train(run: Run, config: Config, dataset: datasets.Dataset) -> tuple[list[di
     if (path / "config.json").exists():
         folder = RunFolder(path)
         if folder.checkpoint_path.exists():
-            try:
+            with suppress(InputError):  # of an older version, or of other data: begun anew
                 state = folder.load_checkpoint(dataset.fingerprint())
-            except InputError:  # of an older version, or of other data: begun anew
-                shutil.rmtree(path)
-                folder = None
+        if state is None:  # also where a run came to its end and is wanted again
+            shutil.rmtree(path)
+            folder = None
     trainer = Trainer(config, dataset, fill=state is None, folder=RunFolder.state_folder(path))
     if state is not None:
         trainer.load_state_dict(state, folder)
