@@ -251,11 +251,10 @@ def state_table(table: Table, memory: dict[Cell, float]) -> str:
 
 CPU_MEMORY = (
     "Peaks are of training and evaluation, above the data, in two epochs of the present code "
-    "(`python benchmarks/accuracy run --tables memory`). Full batch and ours, GAS and LMC are evaluated layer by layer, "
-    "PyG's on the whole graph, which takes more than their training does where it has edges' rows, as with GAT "
-    "(ogbn-arxiv-ranks35: 3.9 GB). Our full batch keeps C X of the features, as ours does: of "
-    "coauthor-physics' 8,415 it is what takes so much. PyG's takes 393 MB there, or 909 with `edge_index` (GCN without "
-    "residuals, three steps of training)."
+    "(`python benchmarks/accuracy run --tables memory`). PyG's methods are evaluated on the whole graph, which of "
+    "attention takes more than training does (with GAT 3.9 GB on ogbn-arxiv-ranks35); the others layer by layer. Full "
+    "batch in our code keeps C X of the features: of coauthor-physics' 8,415 it is what takes so much. PyG's takes 393 "
+    "MB there, or 909 with `edge_index` (GCN without residuals, three steps of training)."
 )
 GPU_MEMORY = (
     "coauthor-physics: before features, 8,415 a node, were read a block at a time; on the CPU training then took "
