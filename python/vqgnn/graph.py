@@ -414,7 +414,7 @@ class Graph:
     def _entries_at_most(self, convolution: Convolution) -> int:
         """Numbers in C X that are not 0: at most as many as in the rows of X that all its rows are sums of."""
         filled = torch.cat([(x != 0).sum(1) for x in self.x.split(self._chunk_rows)])
-        return int(filled[self.matrix(convolution).col].sum())
+        return int((filled * self.matrix(convolution).rowptr_t.diff()).sum())
 
     @property
     def _chunk_rows(self) -> int:
