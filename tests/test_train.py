@@ -1,7 +1,4 @@
-import gc
 import json
-import mmap
-import platform
 
 import pytest
 import torch
@@ -418,40 +415,3 @@ def test_loss_that_is_no_number_stops():
 def test_stale_inference_needs_a_store():
     with pytest.raises(InputError, match="'drop' keeps none"):
         make(method="drop", codec=None).predict("stale")
-
-
-def test_memory_of_a_gpu(device):
-    if device.type != "cuda":
-        pytest.skip("needs --device cuda")
-    memory.reset_peak(device)
-    before = memory.resident(device)
-    block = torch.empty(2**24, dtype=torch.uint8, device=device)
-    assert memory.resident(device) - before == block.nbytes
-    del block
-    assert memory.resident(device) == before and memory.peak(device) - before == 2**24
-
-
-def test_memory_counters():
-    if memory.resident() is None:
-        pytest.skip("no /proc")
-    gc.collect()  # what earlier tests left must not be given back in between
-    memory.reset_peak()
-    before = memory.peak()
-    size = 64_000_000
-    with mmap.mmap(-1, size) as block:  # fresh from the system: malloc would take what earlier tests have freed
-        block.write(bytes(size))
-        assert memory.peak() - before > 0.8 * size
-    assert memory.resident() <= memory.peak()
-
-
-def test_freed_memory_is_given_back():
-    if platform.libc_ver()[0] != "glibc" or memory.resident() is None:
-        pytest.skip("no glibc, or no /proc")
-    memory.give_back()
-    before, size = memory.resident(), 60_000  # below what malloc takes from the system by itself
-    blocks = [torch.zeros(size, dtype=torch.uint8) for _ in range(2000)]
-    blocks = blocks[::50] + blocks[-1:]  # between these, so that free alone gives nothing back
-    kept = memory.resident() - before
-    memory.give_back()
-    given = kept - (memory.resident() - before)
-    assert kept > 100_000_000 and given > 0.9 * kept

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from . import memory
 from .config import Config, InputError, option_name
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def doctor() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code. VQGNN_TRACEBACK=1 shows where a bad input was noticed."""
+    memory.use_one_arena()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {message}")
         try:
