@@ -189,6 +189,7 @@ class Trainer:
         where = self._graph_device()
         # a copy: PyG moves a Data in place, and the caller's stays in RAM
         self.data = dataset.data if where.type == "cpu" else copy.copy(dataset.data).to(where)
+        memory.give_back()  # what loading, or generating, has freed
         memory.reset_peak(self.device)
         self.base_memory = memory.resident(self.device)  # what the data, and in RAM the libraries, take
         self.train_data, self.val_data = _inductive(self.data) if config.inductive else (self.data, self.data)
