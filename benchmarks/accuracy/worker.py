@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import shutil
 import statistics
-import sys
 import warnings
 from contextlib import suppress
 from dataclasses import fields
@@ -18,7 +16,7 @@ import torch
 from settings import BATCHES, Run
 from tqdm import tqdm, trange
 
-from vqgnn import datasets
+from vqgnn import datasets, memory
 from vqgnn.config import Config, InputError
 from vqgnn.doctor import cpu_name
 from vqgnn.files import atomic_write
@@ -89,14 +87,6 @@ def _batches(run: Run) -> int:
     return run.options.get("batches", BATCHES)
 
 
-def keep_freed_memory() -> None:
-    """glibc's malloc: nothing by mmap, nothing given back. Elsewhere nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def epoch_seconds(runs: list[Run], rounds: int, threads: int = 1) -> list[float]:
     """CPU seconds of each run's epoch: the median of rounds in which all take turns, as a machine's speed changes.
 
@@ -104,7 +94,7 @@ def epoch_seconds(runs: list[Run], rounds: int, threads: int = 1) -> list[float]
     anew, which glibc does with large tensors, is a third to a half of full batch's time.
     """
     warnings.simplefilter("ignore")
-    keep_freed_memory()
+    memory.keep_freed()
     torch.set_num_threads(threads)
     trainers = []
     for run in tqdm(runs, "build", leave=False):

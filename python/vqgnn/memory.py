@@ -38,9 +38,13 @@ def reset_peak(device: torch.device | None = None) -> None:
 
 def give_back() -> None:
     """Give the RAM of freed tensors that malloc keeps for others back to the system; without glibc nothing happens."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def keep_freed() -> None:
+    """Let malloc give nothing back by itself, however large: for timing without page faults. Without glibc: nothing."""
+    _glibc("mallopt", -4, 0)  # M_MMAP_MAX
+    _glibc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def use_one_arena() -> None:
@@ -48,9 +52,7 @@ def use_one_arena() -> None:
 
     A thread's own arena keeps what it has freed from the others: the batches that the loader's threads build.
     """
-    mallopt = _glibc("mallopt")
-    if mallopt is not None:
-        mallopt(-8, 1)  # M_ARENA_MAX
+    _glibc("mallopt", -8, 1)  # M_ARENA_MAX
 
 
 def disk_traffic() -> tuple[int, int] | None:
@@ -86,8 +88,10 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
-def _glibc(name: str):
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+def _glibc(name: str, *numbers: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*numbers)
 
 
 def _is_gpu(device: torch.device | None) -> bool:
