@@ -254,12 +254,13 @@ CPU_MEMORY = (
     "(`python benchmarks/accuracy run --tables memory`). PyG's methods are evaluated on the whole graph, which of "
     "attention takes more than training does (with GAT 3.9 GB on ogbn-arxiv-ranks35); the others layer by layer. Full "
     "batch in our code keeps C X of the features: of coauthor-physics' 8,415 it is what takes so much. PyG's takes 413 "
-    "MB there, or 989 with `edge_index`, in three epochs of training alone (GCN without residuals, one thread), of which "
-    "ours takes 797: `python benchmarks/epoch_worker.py full_sparse --data coauthor-physics`, `full_edge_index`, `vq`."
+    "MB there, or 989 with `edge_index`, in three epochs of training alone (GCN without residuals, one thread), of "
+    "which ours takes 797: `python benchmarks/epoch_worker.py full_sparse --data coauthor-physics`, `full_edge_index`, "
+    "`vq`."
 )
 GPU_MEMORY = (
     "coauthor-physics: before features, 8,415 a node, were read a block at a time; on the CPU training then took "
-    "3.3 GB above the data, and 0.81 afterwards, full batch 0.50. Not measured anew on a GPU."
+    "3.3 GB above the data, and 0.80 now. Not measured anew on a GPU."
 )
 
 
