@@ -594,8 +594,7 @@ published: a batch computes its halo's rows too, from those neighbours that it h
 beta being the share of a row's edges that the batch has. "80 % of the edges dropped" is DropEdge in training, other
 edges in every epoch. VQ-GNN as published keeps a set's model and dropout and has K = 256; its paper has none and K =
 1024. ogbn-arxiv-ranks35 has one to three seeds: full batch takes 21 to 83 CPU minutes a run there. GAS and LMC run on
-our kernels; of GAT, GAS keeps a layer's input as ours does. Rows made on an AMD EPYC are older (no stability, no CPU
-seconds)."""
+our kernels; of GAT, GAS keeps a layer's input as ours does."""
 
 LESSONS = {
     "layers": "Three or four layers; each costs its store, its staleness and its time.",

@@ -65,7 +65,7 @@ SETTINGS = {
     "minesweeper": Setting("minesweeper", 0.2, 500, 100, 5, 0.2, (("metric", "auc"),)),
     "amazon-computers": Setting("amazon-computers", 0.5, 300, 60, 3, 0.4),
     "coauthor-physics": Setting("coauthor-physics", 0.5, 300, 30, 3, 5.0, step_sizes=dict.fromkeys(MODELS, (0.003,))),
-    "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 3, 1.0),
+    "debian-bookworm": Setting("debian-bookworm", 0.5, 500, 100, 5, 1.0, peer_seeds=3),
     "ogbn-arxiv-ranks35": Setting(
         "ogbn-arxiv-tape", 0.3, 500, 100, 3, 3.0, (("features", "80:200"),),
         peer_seeds=1, step_sizes={"gcn": (0.01,), "sage": (0.01,), "gat": (0.003,)},
